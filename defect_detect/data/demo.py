@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['write_synth']
 
-# %% ../../nbs/15_data.demo.ipynb #835c89d7
+# %% ../../nbs/15_data.demo.ipynb #48d0a9e6
 import csv
 import os
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable, Iterable
 
 import numpy as np
 from PIL import Image

@@ -126,7 +126,7 @@ def _marks(rng:np.random.Generator, h:int, w:int,
         speck = np.maximum(speck, strength(.12, .4)*_line(h, w, np.array([[x, y], [x+r, y+rng.uniform(-r, r)]]), 2*r))
     return out-speck
 
-# %% ../../nbs/14_data.synth.ipynb #c96831c4
+# %% ../../nbs/14_data.synth.ipynb #3e6001c6
 class _Defect(NamedTuple):
     "What a defect does to a surface; arrays of the canvas' shape."
     log: np.ndarray # float32, added to log-brightness
@@ -143,32 +143,33 @@ def _blowhole(rng:np.random.Generator, look:_Look, contrast:float)->_Defect:
         b = _blob(rng, h, w, cx, cy, r*e, r/e, .09)
         soft = np.clip(b*r/1.6+.5, 0, 1)
         side = np.clip((np.arange(w)-cx)/r, -1, 1)*rng.choice([-1, 1])
-        log, flat, mask = log-contrast*rng.uniform(.42, .62)*soft*(1+.25*side), flat+.8*soft, mask|(b>0)
+        log, flat, mask = log-contrast*rng.uniform(.6, .9)*soft*(1+.25*side), flat+.8*soft, mask|(b>0)
     return _Defect(log, np.clip(flat, 0, .8), mask)
 
 
 def _crack(rng:np.random.Generator, look:_Look, contrast:float)->_Defect:
     "A thin dark line, mostly along the grinding, from an end of the tile or within; the mask is 4-5 px wide as people draw it."
-    (h, w), length = look.shade.shape, 85*math.exp(rng.normal(0, .25))
+    (h, w), length = look.shade.shape, 85*math.exp(rng.normal(0, .22))
     x, up = MARGIN+rng.uniform(.15, .85)*look.w, rng.choice([-1, 1])
     y = (MARGIN if up>0 else MARGIN+look.h) if rng.random()<.6 else MARGIN+look.h/2-up*rng.uniform(.2, .45)*look.h
     bend = .12 if rng.random()<.6 else .35
     p = _walk(rng, x, y, up*math.pi/2+rng.normal(0, .25), length, bend)
-    core = _line(h, w, p, rng.uniform(1.6, 2.6))*np.clip(1+.35*_smooth(rng, h, w, 9), .45, 1.3)
+    core = _line(h, w, p, rng.uniform(1.8, 2.8))*np.clip(1+.35*_smooth(rng, h, w, 9), .45, 1.3)
     around = _line(h, w, p, rng.uniform(4, 5))
-    return _Defect(-contrast*(rng.uniform(.38, .62)*core+.06*around), .3*around, (around>.5)&look.inside)
+    return _Defect(-contrast*(rng.uniform(.6, .95)*core+.08*around), .3*around, (around>.5)&look.inside)
 
-# %% ../../nbs/14_data.synth.ipynb #a5627f43
+# %% ../../nbs/14_data.synth.ipynb #336c764e
 def _break(rng:np.random.Generator, look:_Look, contrast:float)->_Defect:
     "A chip off a corner or a side: its face lost the grinding marks, its rim is dark."
-    (h, w), r = look.shade.shape, math.exp(rng.normal(0, .28))
+    (h, w), r = look.shade.shape, math.exp(max(-.3, rng.normal(0, .28)))
     right, low, corner = rng.random()<.5, rng.random()<.5, rng.random()<.6
-    cx, cy = MARGIN+right*look.w, MARGIN+(low*look.h if corner else rng.uniform(.2, .8)*look.h)
-    rx, ry = (34*r, 48*r) if corner else (24*r, 40*r)
+    cx = MARGIN+(look.w-5 if right else 5) # a crop takes up to 8 px of the side
+    cy = MARGIN+((look.h-5 if low else 5) if corner else rng.uniform(.2, .8)*look.h)
+    rx, ry = (27*r, 40*r) if corner else (17*r, 32*r)
     b = _blob(rng, h, w, cx, cy, rx*rng.uniform(.8, 1.2), ry*rng.uniform(.8, 1.2), .16)+.05*_smooth(rng, h, w, 6)
     soft, rim = np.clip(8*b, 0, 1), np.exp(-((b-.07)/.09)**2)
-    face = rng.choice([-.32, -.2, .12])+.22*_smooth(rng, h, w, 16)
-    return _Defect(contrast*(soft*face-rng.uniform(.35, .6)*rim*(.8+.3*_smooth(rng, h, w, 12))), .85*soft, (b>0)&look.inside)
+    face = rng.choice([-.45, -.3, -.2, .15])+.22*_smooth(rng, h, w, 16)
+    return _Defect(contrast*(soft*face-rng.uniform(.4, .7)*rim*(.8+.3*_smooth(rng, h, w, 12))), .85*soft, (b>0)&look.inside)
 
 # %% ../../nbs/14_data.synth.ipynb #dcd2442a
 def _fray(rng:np.random.Generator, look:_Look, contrast:float)->_Defect:
@@ -209,7 +210,7 @@ def _uneven(rng:np.random.Generator, look:_Look, contrast:float)->_Defect:
 _DRAW = {"blowhole": _blowhole, "break": _break, "crack": _crack, "fray": _fray, "uneven": _uneven}
 KINDS = tuple(_DRAW)
 
-# %% ../../nbs/14_data.synth.ipynb #59682f73
+# %% ../../nbs/14_data.synth.ipynb #3fd869c5
 LEVELS = (66, 83, 101, 120, 137, 158) # mean grey value of exposure 1 to 6 in the real set
 
 
@@ -259,7 +260,7 @@ def tile_pictures(rng:np.random.Generator, # the tile is drawn from it
     surface, defect = _texture(rng, H, W), None
     marks = _marks(rng, H, W, clutter)
     if kind!="good":
-        defect = _DRAW[kind](rng, form, contrast*rng.uniform(.6, 1.15))
+        defect = _DRAW[kind](rng, form, contrast*rng.uniform(.65, 1.1))
         surface = surface*(1-np.float32(min(1, contrast))*defect.flat)
     surface = np.where(form.inside, surface+marks, .3*surface)
     views = (_expose(rng, form, surface, defect, e) for e in range(1, exposures+1))
