@@ -6,7 +6,7 @@
 __all__ = ['PREFIX', 'PROBLEMS', 'Problem', 'ProblemError', 'problem', 'RegionOut', 'ModelRef', 'Timing', 'Answer', 'mask_png',
            'answer_of', 'ModelCard', 'card_of']
 
-# %% ../../nbs/60_serve.messages.ipynb #e99ae8ed
+# %% ../../nbs/60_serve.messages.ipynb #5ce3acd8
 import base64
 import io
 from typing import Literal
@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.bundle import Bundle, OperatingPoint
-from ..core.image import DecodeError, InputSpec, Limits
+from ..core.image import InputSpec, Limits
 from ..core.predictor import Prediction
 
 # %% ../../nbs/60_serve.messages.ipynb #0082b204
