@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_deterministic', 'DefectIoU', 'PictureAUROC', 'PlainProgress', 'train', 'history', 'save_model', 'load_model']
 
-# %% ../../nbs/22_learn.train.ipynb #1871539a
+# %% ../../nbs/22_learn.train.ipynb #e40b4729
 import json
 import os
 import random
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner  # the schedules are patched onto it
 from fastai.data.core import DataLoaders
@@ -75,7 +76,7 @@ class PlainProgress(Callback):
         shown = "  ".join(f"{n} {v:.4f}" for n, v in zip(names, values))
         print(f"epoch {self.epoch+1}/{self.n_epoch}  {shown}", flush=True)
 
-# %% ../../nbs/22_learn.train.ipynb #03144c9b
+# %% ../../nbs/22_learn.train.ipynb #ba59fe80
 def train(dls:DataLoaders, # from `make_loaders`
           net:nn.Module, # from `make_model`
           epochs:int=12,
@@ -84,7 +85,7 @@ def train(dls:DataLoaders, # from `make_loaders`
           score_pixels:int=20, # of the picture score
 )->Learner:
     "Fit `net` by one-cycle, with validation metrics every epoch."
-    learn = Learner(dls, net, loss_func=DefectLoss(), opt_func=Adam, metrics=[DefectIoU(), PictureAUROC(score_pixels)], wd=wd, cbs=[PlainProgress()])
+    learn = Learner(dls, net, loss_func=DefectLoss(), opt_func=Adam, metrics=[DefectIoU(), PictureAUROC(score_pixels)], wd=wd, cbs=[PlainProgress(), ChannelsLast()])
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     return learn
 

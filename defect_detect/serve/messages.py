@@ -98,8 +98,8 @@ class Timing(_Message):
     decoding: float
     predicting: float = Field(description="from array to verdict, regions and mask")
 
-# %% ../../nbs/60_serve.messages.ipynb #25792d25
-_EXAMPLE = dict(verdict="defect", score=0.93, width=200, height=150, regions_total=1, mask=None, request_id="c0ffee",
+# %% ../../nbs/60_serve.messages.ipynb #40c036d0
+_EXAMPLE = dict(verdict="defect", score=0.93, width=200, height=150, regions_total=1, mask="iVBORw0KGgo...", request_id="c0ffee",
     regions=[{"class": "spot", "score": 0.88, "box": [100, 60, 112, 72], "area": 144, "share": 0.0048}],
     model=dict(name="example-spot", version="0123456789ab"), timing=dict(waiting=0.1, decoding=1.2, predicting=9.8))
 

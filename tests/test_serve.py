@@ -1,0 +1,305 @@
+"""The service over real connections: what a notebook cell cannot see, above all what strangers send."""
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from defect_detect.client import Client, ServiceError
+from defect_detect.core.bundle import example_bundle
+from defect_detect.core.image import InputSpec, Limits, decode
+from defect_detect.core.predictor import Predictor
+from defect_detect.serve.api import Settings, background
+from defect_detect.serve.messages import PREFIX, Answer
+
+SERVE = "import sys; from defect_detect.serve.api import serve; sys.exit(serve(sys.argv[1], port=int(sys.argv[2]), threads=1))"
+
+
+def encode(a, fmt="PNG", **kw):
+    b = io.BytesIO()
+    Image.fromarray(a).save(b, fmt, **kw)
+    return b.getvalue()
+
+
+def plate(h=150, w=200, holes=()):
+    a = (130+np.random.default_rng(0).normal(0, 4, (h, w))).clip(0, 255).astype(np.uint8)
+    for x, y in holes: a[y:y+12, x:x+12] = 30
+    return a
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory): return example_bundle(tmp_path_factory.mktemp("serve")/"bundle")
+
+
+@pytest.fixture(scope="module")
+def url(bundle):
+    with background(Settings(bundle=bundle, threads=1, limits=Limits(max_bytes=300_000, max_pixels=2_000_000), body_seconds=1)) as u: yield u
+
+
+@contextmanager
+def process(bundle, port=0):
+    "The service as a process; yields it and its URL."
+    p = subprocess.Popen([sys.executable, "-c", SERVE, str(bundle), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try: yield p, p.stdout.readline().split()[-1]
+    finally:
+        p.kill()
+        p.communicate()
+
+
+def post(url, body, kind="image/png", **kw): return httpx.post(f"{url}/v1/predict", content=body, headers={"content-type": kind}, timeout=60, **kw)
+
+
+def assert_problem(r, status, code):
+    d = r.json()
+    assert (r.status_code, r.headers["content-type"], d["type"], d["status"]) == (status, "application/problem+json", PREFIX+code, status), r.text
+    assert d["request_id"] == r.headers["x-request-id"] and d["title"] and d["detail"] and r.headers["x-content-type-options"] == "nosniff"
+
+
+def raw(url, data, pieces=()):
+    "Send bytes as they are; returns how many went out, and the answer's status and body."
+    u = httpx.URL(url)
+    with socket.create_connection((u.host, u.port), timeout=10) as s:
+        sent = 0
+        try:
+            for part in (data, *pieces):
+                s.sendall(part)
+                sent += len(part)
+        except OSError: pass # the service has closed: it has answered before
+        got = b""
+        try:
+            while part := s.recv(65536): got += part
+        except OSError: pass
+    return sent, int(got.split(b" ", 2)[1]), got
+
+
+def head(*lines): return "\r\n".join(("POST /v1/predict HTTP/1.1", "Host: x", *lines, "", "")).encode()
+
+
+@pytest.mark.parametrize("holes", [(), ((100, 60),), ((10, 10), (150, 100))])
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG"])
+def test_answer_is_the_predictors(url, bundle, holes, fmt):
+    data = encode(plate(holes=holes), fmt)
+    want = Predictor.load(bundle, threads=1).predict([decode(data)])[0]
+    answers = [post(url, data, "image/jpeg", params={"mask": "png"}), post(url, data, "application/octet-stream", params={"mask": "png"}),
+               httpx.post(f"{url}/v1/predict?mask=png", files={"image": ("a b.png", data)}, data={"note": "x"})]
+    for r in answers:
+        a = Answer.model_validate(r.raise_for_status().json())
+        assert (a.verdict, a.regions_total, a.width, a.height) == (want.verdict, len(want.regions), 200, 150)
+        assert a.verdict == ("defect" if holes else "ok") and abs(a.score-want.score)<1e-6
+        assert [(o.cls, o.box, o.area) for o in a.regions] == [(o.cls, o.box, o.area) for o in want.regions]
+    with Client(url) as c: mask = c.predict(data, mask=True).mask
+    assert (np.asarray(Image.open(io.BytesIO(mask))) == want.mask).all()
+
+
+def test_refusals(url):
+    good = encode(plate())
+    assert_problem(post(url, b""), 400, "empty")
+    assert_problem(post(url, b"hello"), 415, "unknown_format")
+    assert_problem(post(url, encode(plate(), "GIF")), 415, "unknown_format")
+    assert_problem(post(url, good[:300]), 422, "broken")
+    assert_problem(post(url, encode(plate(4, 300))), 422, "bad_size")
+    assert_problem(post(url, encode(np.zeros((20, 20, 4), np.uint8))), 415, "unsupported_mode")
+    assert_problem(post(url, good+b"\0"*300_000), 413, "too_many_bytes")
+    assert_problem(post(url, good, "text/html"), 415, "unknown_content_type")
+    assert_problem(post(url, good, "multipart/form-data"), 400, "bad_multipart")
+    assert_problem(httpx.post(f"{url}/v1/predict", files=[("a", good), ("b", good)]), 400, "bad_multipart")
+    assert_problem(httpx.post(f"{url}/v1/predict", files={"a": b""}), 400, "empty")
+    assert_problem(post(url, good, params={"mask": "jpg"}), 422, "bad_parameter")
+    assert_problem(httpx.get(f"{url}/v1/predict"), 405, "method_not_allowed")
+    for path in ("/", "/docs", "/redoc", "/v1/predict/", "/v2", "/..%2f..%2fetc/passwd", "/%00"): assert_problem(httpx.get(url+path), 404, "not_found")
+    assert "POST" in httpx.get(f"{url}/v1/predict").headers["allow"]
+
+
+def test_too_large_is_not_read_to_its_end(url):
+    for said in ("Content-Length: 1000000000", "Content-Length: 1000000000\r\nExpect: 100-continue"):
+        sent, status, got = raw(url, head(said))
+        assert status == 413 and b"too_many_bytes" in got and b"connection: close" in got.lower()
+    piece = b"10000\r\n"+b"x"*65536+b"\r\n"
+    sent, status, got = raw(url, head("Transfer-Encoding: chunked"), (piece for _ in range(2000)))
+    assert status == 413 and sent<20e6, "what was sent is in the buffers of the system, not of the service"
+    form = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\n'+b"x"*299_999+b"xx\r\n--x--"
+    assert_problem(post(url, form, "multipart/form-data; boundary=x"), 413, "too_many_bytes")
+    assert_problem(post(url, form.replace(b"xx\r\n", b"x\r\n"), "multipart/form-data; boundary=x"), 415, "unknown_format")
+
+
+def test_slow_and_vanished_clients(url, bundle):
+    t = time.perf_counter()
+    assert raw(url, head("Content-Length: 1000")+b"x"*10)[1] == 408 and time.perf_counter()-t<5
+    with background(Settings(bundle=bundle, threads=1, max_receiving=1, body_seconds=30)) as u:
+        at = (httpx.URL(u).host, httpx.URL(u).port)
+        with socket.create_connection(at) as s:
+            s.sendall(head("Content-Length: 1000")+b"x")
+            time.sleep(.3)
+            assert_problem(post(u, encode(plate())), 503, "busy")
+        time.sleep(.3)
+        assert post(u, encode(plate())).status_code == 200, "the place of a client that went away is free again"
+
+
+def test_overload_is_refused_at_once_and_health_answers(bundle):
+    big = encode(plate(2500, 2500))
+    with background(Settings(bundle=bundle, threads=1, max_waiting=2)) as u, ThreadPoolExecutor(8) as pool:
+        def timed(_):
+            t = time.perf_counter()
+            return post(u, big), time.perf_counter()-t
+        jobs = [pool.submit(timed, i) for i in range(8)]
+        lives = []
+        while not all(j.done() for j in jobs):
+            t = time.perf_counter()
+            assert httpx.get(f"{u}/healthz/live").status_code == 200 and httpx.get(f"{u}/healthz/ready").status_code == 200
+            lives.append(time.perf_counter()-t)
+        answers = [j.result() for j in jobs]
+        busy = [(r, s) for r, s in answers if r.status_code != 200]
+        assert len(busy) == 6 and max(lives)<3
+        for r, _ in busy:
+            assert_problem(r, 503, "busy")
+            assert r.headers["retry-after"] == "1"
+        assert max(s for _, s in busy)<max(s for r, s in answers if r.status_code == 200)
+        with Client(u) as c: assert c.predict(big).verdict == "ok"
+
+
+def hostile():
+    "Thirty and more bodies from somebody who means harm, the same ones each time."
+    rng, png, jpg = np.random.default_rng(0), encode(plate(40, 40)), encode(plate(40, 40), "JPEG")
+    def chunk(kind, data): return len(data).to_bytes(4, "big")+kind+data+zlib.crc32(kind+data).to_bytes(4, "big")
+    def png_of(w, h, depth=8, colour=0, data=b"", extra=b""):
+        ihdr = chunk(b"IHDR", w.to_bytes(4, "big")+h.to_bytes(4, "big")+bytes([depth, colour, 0, 0, 0]))
+        return b"\x89PNG\r\n\x1a\n"+ihdr+extra+chunk(b"IDAT", zlib.compress(data))+chunk(b"IEND", b"")
+    yield from (png_of(50_000, 50_000), png_of(2**31-1, 1), png_of(0, 0), png_of(1, 1), png_of(64, 64), png_of(64, 64, data=b"\0"*10**7), png_of(64, 64, 7, 9))
+    yield png_of(64, 64, data=b"\0"*65*64, extra=chunk(b"iTXt", b"a\0\1\0\0\0"+zlib.compress(b"x"*10**7)))
+    yield png_of(64, 64, data=b"\0"*65*64, extra=chunk(b"iCCP", b"a\0\0"+zlib.compress(b"x"*10**6)))
+    yield png_of(64, 64, data=b"\0"*65*64, extra=chunk(b"eXIf", b"II*\0"+b"\xff"*400))
+    yield png_of(64, 64, data=b"\0"*65*64, extra=chunk(b"acTL", (9).to_bytes(4, "big")*2))
+    yield from (b"\xff\xd8\xff", b"\xff\xd8"+b"\xff"*5000, jpg+png, png+jpg, b"GIF89a"+png, b"%!PS-Adobe-3.0\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\x80\x04\x95.", b"PK\3\4"*100)
+    yield from (png[:n] for n in (8, 20, 33, 60, len(png)-5))
+    yield from (jpg[:n] for n in (2, 20, 200, len(jpg)-20))
+    for good in (png, jpg):
+        for _ in range(20):
+            b = np.frombuffer(good, np.uint8).copy()
+            b[rng.integers(8, len(b), 6)] = rng.integers(0, 256, 6)
+            yield b.tobytes()
+
+
+def test_hostile_bodies_never_fail_the_service(url):
+    seen = []
+    with httpx.Client(base_url=url, timeout=60) as c:
+        for body in hostile():
+            for kw in ({"content": body, "headers": {"content-type": "image/png"}}, {"files": {"f": body}}, {"content": body, "headers": {"content-type": "multipart/form-data; boundary=PNG"}}):
+                r = c.post("/v1/predict", **kw)
+                seen.append(r.status_code)
+                assert r.status_code<500, (r.text, body[:80])
+                if r.status_code != 200: assert_problem(r, r.status_code, r.json()["type"].removeprefix(PREFIX))
+        assert c.post("/v1/predict", content=encode(plate()), headers={"content-type": "image/png"}).json()["verdict"] == "ok"
+    assert len(seen)>=200 and {400, 415, 422} <= set(seen), "the bodies must reach more than the first check"
+
+
+def test_odd_headers(url):
+    good = encode(plate())
+    for kind in ("", "image/", "image/png; a=\xff", "multipart/form-data; boundary=\"\"", "multipart/form-data; boundary*=utf-8''%ff", "x"*5000, "image/png\x0b"):
+        try: r = httpx.post(f"{url}/v1/predict", content=good, headers={"content-type": kind.encode("latin-1")})
+        except httpx.LocalProtocolError: continue
+        assert r.status_code in (200, 400, 415), (kind, r.text)
+    assert raw(url, head("Content-Length: -1"))[1] == 400
+    assert raw(url, head("Content-Length: 1", "Content-Length: 2"))[1] == 400
+    assert raw(url, b"\0\1\2\r\n\r\n")[1] == 400
+    for given in ("a"*500, "a b", "\u001b[0m".encode().decode("latin-1")):
+        try: r = httpx.get(f"{url}/healthz/live", headers={"x-request-id": given})
+        except httpx.LocalProtocolError: continue
+        assert len(r.headers["x-request-id"]) == 32
+
+
+def test_live_before_ready(tmp_path):
+    slow = example_bundle(tmp_path/"slow", InputSpec(height=1024, width=1024))
+    with socket.create_server(("127.0.0.1", 0)) as s: port = s.getsockname()[1]
+    p = subprocess.Popen([sys.executable, "-c", SERVE, str(slow), str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        seen, u, end = [], f"http://127.0.0.1:{port}", time.monotonic()+60
+        while not (seen and seen[-1] == 200) and time.monotonic()<end:
+            try: live, ready = httpx.get(f"{u}/healthz/live", timeout=30), httpx.get(f"{u}/healthz/ready", timeout=30)
+            except httpx.TransportError:
+                time.sleep(.02)
+                continue
+            assert live.status_code == 200
+            if ready.status_code != 200:
+                assert_problem(ready, 503, "not_ready")
+                assert_problem(post(u, encode(plate())), 503, "not_ready")
+            seen.append(ready.status_code)
+            time.sleep(.02)
+        assert seen[0] == 503 and seen[-1] == 200 and p.stdout.readline().startswith("serving example-spot@")
+    finally:
+        p.kill()
+        p.communicate()
+
+
+def test_stops_cleanly_with_work_in_hand(bundle):
+    with process(bundle) as (p, u), ThreadPoolExecutor(1) as pool:
+        job = pool.submit(post, u, encode(plate(2500, 2500)))
+        time.sleep(.3) # the picture is on its way or in work; both must be answered
+        p.send_signal(signal.SIGTERM)
+        assert job.result(30).status_code == 200
+        assert p.wait(30) == 0
+        assert all(json.loads(line)["level"] == "info" for line in p.stderr)
+
+
+def test_log_lines_cannot_be_forged(bundle):
+    with process(bundle) as (p, u):
+        raw(u, b"GET /%0d%0a%7b%22forged%22:1%7d%1b[31m HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        raw(u, b"GET /"+b"%F0%9F%98%80"*2000+b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: a\"b\r\n\r\n")
+        httpx.get(f"{u}/healthz/live", headers={"x-request-id": "last"})
+        p.send_signal(signal.SIGINT)
+        assert p.wait(30) == 0
+        lines = p.stderr.read().splitlines()
+    assert len(lines) == 3 and all(len(o)<=8000 and o.isascii() and o.isprintable() for o in lines)
+    assert [json.loads(o)["status"] for o in lines] == [404, 404, 200] and json.loads(lines[-1])["id"] == "last"
+
+
+def test_start_fails_with_one_line(bundle, tmp_path):
+    def run(folder, port): return subprocess.run([sys.executable, "-c", SERVE, str(folder), str(port)], capture_output=True, text=True, timeout=60)
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        p = run(bundle, s.getsockname()[1])
+        assert (p.returncode, p.stdout, len(p.stderr.splitlines())) == (1, "", 1) and "Address already in use" in p.stderr
+    p = run(tmp_path/"none", 0)
+    assert (p.returncode, p.stdout, len(p.stderr.splitlines())) == (1, "", 1) and "no such folder" in p.stderr
+    bad = example_bundle(tmp_path/"bad")
+    (bad/"model.onnx").write_bytes(b"changed")
+    p = run(bad, 0)
+    assert (p.returncode, p.stdout, len(p.stderr.splitlines())) == (1, "", 1) and "was changed" in p.stderr
+
+
+def test_two_services_in_one_process(bundle):
+    a, b = Settings(bundle=bundle, threads=1), Settings(bundle=bundle, threads=1, limits=Limits(max_side=100))
+    with background(a) as ua, background(b) as ub:
+        assert post(ua, encode(plate())).status_code == 200
+        assert_problem(post(ub, encode(plate())), 422, "bad_size")
+        with Client(ub) as c, pytest.raises(ServiceError, match="200x150"): c.predict(encode(plate()))
+
+
+def test_the_description_is_true(url):
+    d = httpx.get(f"{url}/openapi.json").json()
+    assert sorted(d["paths"]) == ["/healthz/live", "/healthz/ready", "/v1/model", "/v1/predict"]
+    op = d["paths"]["/v1/predict"]["post"]
+    assert sorted(op["requestBody"]["content"]) == ["application/octet-stream", "image/jpeg", "image/png", "multipart/form-data"]
+    for s, r in op["responses"].items(): assert list(r["content"]) == (["application/json"] if s == "200" else ["application/problem+json"])
+    Answer.model_validate(d["components"]["schemas"]["Answer"]["example"])
+    assert "HTTPValidationError" not in json.dumps(d)
+
+
+def test_nothing_leaks(bundle):
+    "Threads and file descriptors are where they were after services came and went."
+    def count(): return len(os.listdir("/dev/fd")), threading.active_count()
+    with background(Settings(bundle=bundle, threads=1)): pass
+    before = count()
+    for _ in range(3):
+        with background(Settings(bundle=bundle, threads=1)) as u: assert post(u, encode(plate())).status_code == 200
+    assert count() <= before
