@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from .bundle import Bundle, BundleCard, BundleError, OperatingPoint, read_bundle
+from .bundle import Bundle, BundleError, OperatingPoint, read_bundle
 from .image import letterbox, normalise, place, restore
 from .metrics import label_regions
 

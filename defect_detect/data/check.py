@@ -7,7 +7,7 @@ __all__ = ['Finding', 'check_data', 'refuse_errors', 'findings_table']
 
 # %% ../../nbs/13_data.check.ipynb #aaffd643
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 

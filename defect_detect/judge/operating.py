@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.bundle import OperatingPoint
-from ..core.metrics import auroc, overkill_at, rates, threshold_at
+from ..core.metrics import auroc, rates, threshold_at
 from ..core.predictor import Predictor, picture_score
 from ..core.image import place, restore
 from ..data.read import DataError, load_image, load_mask

@@ -8,6 +8,7 @@ __all__ = ['QUIET', 'OWNER', 'quiet', 'end_children', 'die_with_parent', 'Notebo
 
 # %% ../../nbs/41_run.notebook.ipynb #6a631a6c
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -104,6 +105,7 @@ class _Lines:
 def _execute(notebook, tmp, values, cwd, say):
     import papermill
     papermill.engines.papermill_engines.register("defect_detect", _engine())
+    logging.getLogger("papermill").setLevel(logging.ERROR) # its own reading of parameters knows fewer types than ours
     try:
         papermill.execute_notebook(str(notebook), str(tmp), parameters=dict(values), engine_name="defect_detect", kernel_name="python3", cwd=str(cwd), progress_bar=False,
                                    stdout_file=_Lines(say), say=say, extra_arguments=["--log-level=40"], start_timeout=120)
@@ -127,10 +129,10 @@ def run_notebook(notebook:str|Path, # with one cell tagged `parameters`
     values = read_schema(notebook).check(values)
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output.with_name(f".{output.name}.lock"))
-    try: lock.acquire(timeout=0)
+    try: held = lock.acquire(timeout=0)
     except Timeout: raise NotebookError(f"{output} is being written by another run; wait for it or choose another output") from None
     failed = output.with_suffix(".failed.ipynb")
-    with lock, quiet(), tempfile.TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as room:
+    with held, quiet(), tempfile.TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as room:
         tmp = Path(room)/output.name
         _rooms.add(room)
         for old in (output, failed, output.with_suffix(".html"), failed.with_suffix(".html")): old.unlink(missing_ok=True)

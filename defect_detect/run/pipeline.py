@@ -98,7 +98,7 @@ _CONFIG = """[core]
     analytics = false
     check_update = false
     autostage = false
-    site_cache_dir = ../../.site
+    site_cache_dir = ../.site
 [cache]
     dir = ../../.cache
     type = reflink,copy
@@ -138,7 +138,7 @@ class RunError(RuntimeError):
 
 
 _LINE = dict(ran=re.compile(r"Running stage '(\w+)'"), unchanged=re.compile(r"Stage '(\w+)' didn't change"), cached=re.compile(r"Stage '(\w+)' is cached"))
-_NOISE = re.compile(r"^(> |Updating lock file|To track the changes|Use `dvc push`|Data and pipelines are up to date|ERROR: failed to reproduce|ERROR: failed to reproduce '\w+': failed to run|Verifying data|\s*$)|git add")
+_NOISE = re.compile(r"^(> |Updating lock file|To track the changes|Use `dvc push`|Data and pipelines are up to date|ERROR: failed to reproduce|ERROR: failed to reproduce '\w+': failed to run|Verifying data|Generating lock file|WARNING: '.*__init__\.py' is empty|\s*$)|git add")
 
 
 def repro(run:str|Path, # from `make_run`
@@ -149,10 +149,10 @@ def repro(run:str|Path, # from `make_run`
     run = Path(run)
     env = {**os.environ, **QUIET, OWNER: str(os.getpid()), "PYTHONUNBUFFERED": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     lock = FileLock(run/".run.lock")
-    try: lock.acquire(timeout=0)
+    try: held = lock.acquire(timeout=0)
     except Timeout: raise RunError(f"{run.name} is being run by another process; wait for it or choose another name") from None
     done, last, tail, t0 = {}, None, [], time.monotonic()
-    with lock, subprocess.Popen([sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])], cwd=run, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+    with held, subprocess.Popen([sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])], cwd=run, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
         try:
             for line in map(str.rstrip, p.stdout):
                 hit = next(((k, m[1]) for k, r in _LINE.items() if (m := r.search(line))), None)
