@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..core.predictor import Predictor
 from ..data.read import load_image, load_mask
@@ -24,7 +25,9 @@ class Sheet(Figure):
     def _repr_png_(self):
         b = io.BytesIO()
         self.savefig(b, format="png", dpi=72, metadata={"Software": None})
-        return b.getvalue()
+        small = io.BytesIO() # 64 colours: a third of the bytes, and notebooks are kept in git
+        Image.open(b).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        return small.getvalue()
 
 # %% ../../nbs/32_judge.pictures.ipynb #efc531d6
 TRUTH, PREDICTED = (0, 200, 70), (235, 30, 40)
@@ -70,7 +73,7 @@ def show_samples(root:str|Path, table:pd.DataFrame, classes:Sequence[str], each:
         for r in t.head(each).itertuples():
             pics.append(outline(load_image(root, r), load_mask(root, r, classes)>0, TRUTH))
             titles.append(f"{r.label}\n{Path(r.image).stem}")
-    return sheet(pics, titles, each)
+    return sheet(pics, titles, each*max(1, 6//each))
 
 
 def show_groups(root:str|Path, table:pd.DataFrame, n:int=4, most:int=6)->Sheet:
