@@ -21,8 +21,8 @@ help: ## list the targets
 	@echo "  ARGS='-p train.epochs=20'  parameters of the stages            PYTHON=python3.12"
 	@echo "  TORCH=cpu INDEX=<url>      the CPU build of torch (1 GB, not 6), from the index that has it"
 
-# The stamp holds the lock's name, so that another lock or Python means another environment.
-.venv/.stamp-$(LOCK): $(LOCK) setup.py settings.ini tools/preflight.py
+# The stamp holds the lock's name: another lock, or a newer one, means another environment.
+.venv/.stamp-$(LOCK): $(LOCK)
 	@$(PYTHON) tools/preflight.py "$(LOCK)" "$(INDEX)"
 	@$(PYTHON) tools/install.py "$(LOCK)" "$(INDEX)"
 	@touch $@
@@ -45,8 +45,12 @@ lab: install ## open the notebooks
 	@$(BIN)/jupyter lab nbs
 
 lock: install ## renew lock.txt, lock-cpu.txt and docker/serve.lock from constraints.txt
-	@$(BIN)/python tools/lock.py
+	@$(BIN)/python tools/lock.py $(INDEX)
 
 clean: ## remove .venv, runs, demo data and caches
 	rm -rf .venv runs data/demo data/demo.json _proc _docs dist build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Without an index of CPU builds there is no way to know their hashes; say so instead of "no rule to make target".
+lock-cpu.txt:
+	@echo "error: lock-cpu.txt is not there yet; make it from an index that has CPU builds of torch: make lock INDEX=<url>" >&2; exit 1

@@ -70,8 +70,7 @@ def test_the_serve_extra_alone_answers(venv, tmp_path):
     a[60:72, 100:112] = 30
     b = io.BytesIO()
     Image.fromarray(a).save(b, "PNG")
-    if (ROOT/"defect_detect"/"cli.py").exists(): cmd = [venv/"bin"/"defect-detect", "serve", bundle, "--port", "0"]
-    else: cmd = [venv/"bin"/"python", "-c", "import sys; from defect_detect.serve.api import serve; sys.exit(serve(sys.argv[1], port=0))", bundle]
+    cmd = [venv/"bin"/"defect-detect", "serve", bundle, "--port", "0"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     p = subprocess.Popen([str(c) for c in cmd], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
     try:

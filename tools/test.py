@@ -77,7 +77,7 @@ def imports():
 
 def style():
     "ruff over the exported library, the tools and the tests."
-    for d in ("defect_detect", "tools", "tests", "benchmarks"):
+    for d in sorted(d for d in ("defect_detect", "tools", "tests", "benchmarks") if (ROOT/d).is_dir()):
         code, out = sh(BIN/"ruff", "check", "-q", d)
         yield d, out[-2500:] if code else ""
 
@@ -101,7 +101,7 @@ def tutorials():
         code, out = sh(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-sanitize-with", f.name, "nbs/tutorials", "--color=no")
     n = re.search(r"(\d+) passed", out)
     for i in range(int(n[1]) if n else 0): yield f"cell {i+1}", ""
-    if code: yield "nbval", out[-6000:]
+    if code not in (0, 5): yield "nbval", out[-6000:]
 
 
 def pipeline():
@@ -120,7 +120,7 @@ def pytests():
     for i in range(int(n[1]) if n else 0): yield f"test {i+1}", ""
     bad = re.search(r"(\d+) skipped", out)
     if bad: yield "skipped", f"{bad[1]} tests did not run"
-    if code: yield "pytest", out[-6000:]
+    if code not in (0, 5): yield "pytest", out[-6000:]
 
 
 def clean_tree():

@@ -1,0 +1,140 @@
+"Each check of the repository, with a fault planted that must turn it red."
+import http.server
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/"tools"))
+PARTS = ("nbs", "defect_detect", "tools", "docker", "settings.ini", "setup.py", "params.yaml", "dvc.yaml", "conftest.py", ".importlinter", "ruff.toml", "README.md", "lock.txt", "constraints.txt", "Makefile")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "The project, to be spoilt."
+    to = tmp_path/"p"
+    to.mkdir()
+    for p in PARTS:
+        if (ROOT/p).is_dir(): shutil.copytree(ROOT/p, to/p, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        else: shutil.copy(ROOT/p, to/p)
+    return to
+
+
+def check(copy, stage):
+    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "CI")} | {"PYTHONPATH": str(copy)}
+    r = subprocess.run([sys.executable, "tools/test.py", stage], cwd=copy, env=env, capture_output=True, text=True, timeout=300)
+    return r.returncode, r.stdout+r.stderr
+
+
+def edit(path, change):
+    nb = nbformat.read(path, 4)
+    change(nb.cells)
+    nbformat.write(nb, path)
+
+
+def hand_edit(p): (p/"defect_detect/core/image.py").open("a").write("\n# by hand\n")
+def orphan(p): (p/"defect_detect/core/lost.py").write_text("x = 1\n")
+def unclean(p): edit(p/"nbs/00_core.image.ipynb", lambda cells: next(c for c in cells if c.cell_type=="code").update(execution_count=3))
+def lost_tag(p): edit(p/"nbs/pipeline/2_train.ipynb", lambda cells: [c.metadata.pop("tags", None) for c in cells])
+def a_def(p): edit(p/"nbs/pipeline/2_train.ipynb", lambda cells: cells.append(nbformat.v4.new_code_cell("def f(): pass")))
+def higher_room(p): (p/"defect_detect/core/image.py").open("a").write("\ndef f():\n    from ..judge import score\n")
+def heavy_service(p): (p/"defect_detect/serve/body.py").open("a").write("\nimport pandas\n")
+def wrong_readme(p): (p/"README.md").open("a").write("more\n")
+def unused(p): (p/"defect_detect/core/image.py").open("a").write("\nimport json\n")
+def failing(p): edit(p/"nbs/00_core.image.ipynb", lambda cells: cells.append(nbformat.v4.new_code_cell("1/0")))
+
+
+def missing_module(p):
+    d = yaml.safe_load((p/"dvc.yaml").read_text())
+    d["stages"]["train"]["deps"].remove("${root}/defect_detect/learn/model.py")
+    (p/"dvc.yaml").write_text(yaml.safe_dump(d))
+
+
+def unknown_parameter(p): (p/"params.yaml").write_text((p/"params.yaml").read_text().replace("  epochs: 12", "  epohcs: 12"))
+
+
+def wrong_output(p):
+    f = p/"nbs/tutorials/explore.ipynb"
+    text = f.read_text()
+    assert "pictures show 24 parts" in text
+    f.write_text(text.replace("pictures show 24 parts", "pictures show 25 parts"))
+
+
+FAULTS = [("drift", hand_edit, "core/image.py"), ("drift", orphan, "lost.py"), ("drift", unclean, "00_core.image.ipynb"), ("readme", wrong_readme, "README.md"),
+          ("stages", lost_tag, "0 cells tagged"), ("stages", a_def, "a def belongs"), ("stages", missing_module, "stage train does not list"), ("stages", unknown_parameter, "epohcs"),
+          ("imports", higher_room, "BROKEN"), ("imports", heavy_service, "BROKEN"), ("style", unused, "F401"), ("tutorials", wrong_output, "pictures show 2")]
+
+
+@pytest.mark.parametrize("stage,fault,says", FAULTS, ids=[f.__name__ for _, f, _ in FAULTS])
+def test_a_planted_fault_is_red(copy, stage, fault, says):
+    fault(copy)
+    code, out = check(copy, stage)
+    assert code==1 and says in out and not out.rstrip().endswith(" 0 failed"), out[-2000:]
+
+
+def test_a_failing_notebook_is_red(copy):
+    for p in (copy/"nbs").glob("[0-9]*.ipynb"):
+        if p.name!="00_core.image.ipynb": p.unlink()
+    assert check(copy, "library")[0]==0
+    failing(copy)
+    code, out = check(copy, "library")
+    assert code==1 and "ZeroDivisionError" in out
+
+
+@pytest.mark.parametrize("stage,where", [("tutorials", "nbs/tutorials"), ("library", "nbs"), ("pipeline", "nbs/pipeline")])
+def test_a_stage_that_runs_nothing_is_red(copy, stage, where):
+    for p in (copy/where).glob("*.ipynb"): p.unlink()
+    code, out = check(copy, stage)
+    assert code==1 and "ran nothing" in out
+
+
+def test_an_unspoilt_copy_is_green(copy):
+    for stage in ("drift", "readme", "stages", "imports", "style"):
+        code, out = check(copy, stage)
+        assert code==0, out[-2000:]
+
+
+def test_an_unknown_stage_is_one_line(): assert check(ROOT, "nosuch")[0]==2
+
+
+def test_preflight():
+    from preflight import problem
+    assert problem("lock.txt", "", (3, 11), 100)==""
+    assert "3.11 to 3.13" in problem("lock.txt", "", (3, 10), 100) and "3.11 to 3.13" in problem("lock.txt", "", (3, 14), 100)
+    assert "GB are free" in problem("lock.txt", "", (3, 12), 1)
+    assert "INDEX" in problem("lock-cpu.txt", "", (3, 12), 100)
+
+
+def test_cpu_lock(tmp_path):
+    "The CPU lock takes its hashes from the index that is named, and leaves CUDA out."
+    from lock import blocks, cpu_lock
+    lock = (ROOT/"lock.txt").read_text()
+    names = blocks(lock)
+    for n in ("torch", "torchvision"):
+        version = names[n].split("==")[1].split()[0]
+        (tmp_path/n).mkdir()
+        links = [f'<a href="/whl/{n}-{version}%2Bcpu-cp{py}-cp{py}-manylinux_2_28_{m}.whl#sha256={i:064x}">x</a>' for i, (py, m) in enumerate([(310, "x86_64"), (311, "x86_64"), (313, "aarch64")])]
+        (tmp_path/n/"index.html").write_text("<html>"+"\n".join(links))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)) as s:
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        got = blocks(cpu_lock(lock, f"http://127.0.0.1:{s.server_port}"))
+        s.shutdown()
+    gone = set(names)-set(got)
+    assert gone and all(n.startswith(("nvidia-", "cuda-", "triton")) for n in gone)
+    assert "+cpu" in got["torch"] and f"{1:064x}" in got["torch"] and f"{2:064x}" in got["torchvision"] and f"{0:064x}" not in got["torch"]
+    assert all(names[n]==got[n] for n in set(got)-{"torch", "torchvision"})
+
+
+def test_every_pin_has_a_hash():
+    from lock import blocks
+    for f in ("lock.txt", "docker/serve.lock"):
+        b = blocks((ROOT/f).read_text())
+        assert len(b)>10 and all("--hash=sha256:" in v for v in b.values())

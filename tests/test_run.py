@@ -1,0 +1,138 @@
+"Runs as processes: what is refused before a kernel starts, and what a kill, a Ctrl-C or a neighbour leaves behind."
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from defect_detect.core.bundle import sha256
+from defect_detect.data.groups import find_groups, name_links
+from defect_detect.data.demo import write_synth
+from defect_detect.data.read import read_data
+from defect_detect.data.split import refuse_leaks, split_by_group
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = Path(sys.executable).with_name("defect-detect")
+
+
+def notebook(path, *cells, parameters="n: int = 1\n"):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(parameters, metadata=dict(tags=["parameters"])), *map(nbformat.v4.new_code_cell, cells)])
+    nbformat.write(nb, path)
+    return path
+
+
+def start(nb, out, *words): return subprocess.Popen([TOOL, "run", nb, "-o", out, *words], cwd=nb.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(what, seconds=60):
+    end = time.monotonic()+seconds
+    while not what():
+        assert time.monotonic()<end, "waited in vain"
+        time.sleep(.05)
+
+
+def kernels(tmp): return [p for p in psutil.process_iter(["cmdline"]) if "ipykernel_launcher" in " ".join(p.info["cmdline"] or []) and (tmp/"pid").exists() and str(p.pid)==(tmp/"pid").read_text()]
+
+
+SLEEP = "import os, time; from pathlib import Path; Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+
+
+@pytest.mark.parametrize("words", [["-p", "m=1"], ["-p", "n=x"], ["-p", "n=1.5"], ["-p", "n"], ["-p", "n; import os=1"]])
+def test_a_wrong_parameter_starts_nothing(tmp_path, words):
+    nb = notebook(tmp_path/"a.ipynb", "open('ran', 'w')")
+    p = start(nb, tmp_path/"out/a.ipynb", *words)
+    out, err = p.communicate(timeout=60)
+    assert (p.returncode, out) == (2, "") and err.startswith("error: ") and err.count("\n")==1
+    assert not (tmp_path/"ran").exists() and not (tmp_path/"out").exists()
+
+
+@pytest.mark.parametrize("source", ["http://127.0.0.1:9/a.ipynb", "{a}.ipynb"])
+def test_addresses_and_braces_are_refused(tmp_path, source):
+    r = subprocess.run([TOOL, "run", source, "-o", "o.ipynb"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert r.returncode==2 and r.stderr.count("\n")==1 and not list(tmp_path.iterdir())
+
+
+def test_a_failing_cell(tmp_path):
+    nb = notebook(tmp_path/"a.ipynb", "print('before')", "raise ValueError('no such tile')")
+    p = start(nb, tmp_path/"o.ipynb")
+    out, err = p.communicate(timeout=120)
+    assert p.returncode==1 and "a.ipynb, cell 3" in err and "ValueError: no such tile" in err and err.count("\n")==1
+    assert not (tmp_path/"o.ipynb").exists() and (tmp_path/"o.failed.ipynb").exists() and (tmp_path/"o.failed.html").exists()
+
+
+@pytest.mark.parametrize("sig,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_leaves_nothing(tmp_path, sig, code):
+    p = start(notebook(tmp_path/"a.ipynb", SLEEP), tmp_path/"out/o.ipynb")
+    until((tmp_path/"pid").exists)
+    until(lambda: kernels(tmp_path))
+    p.send_signal(sig)
+    _, err = p.communicate(timeout=20)
+    assert p.returncode==code and err.count("\n")==1, err
+    until(lambda: not kernels(tmp_path), 10)
+    assert [f.name for f in (tmp_path/"out").iterdir() if not f.name.endswith(".lock")]==[]
+
+
+def test_kill_9_leaves_no_kernel_and_no_lock(tmp_path):
+    nb = notebook(tmp_path/"a.ipynb", SLEEP)
+    p = start(nb, tmp_path/"o.ipynb")
+    until((tmp_path/"pid").exists)
+    until(lambda: kernels(tmp_path))
+    p.kill()
+    p.communicate()
+    until(lambda: not kernels(tmp_path), 15)
+    notebook(nb, "print(1)")
+    p = start(nb, tmp_path/"o.ipynb")
+    p.communicate(timeout=120)
+    assert p.returncode==0 and (tmp_path/"o.ipynb").exists()
+
+
+def test_two_at_once(tmp_path):
+    nb = notebook(tmp_path/"a.ipynb", SLEEP)
+    first = start(nb, tmp_path/"o.ipynb")
+    until((tmp_path/"pid").exists)
+    second = start(nb, tmp_path/"o.ipynb")
+    _, err = second.communicate(timeout=60)
+    assert second.returncode==1 and "another run" in err and err.count("\n")==1
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=20)
+
+
+def test_the_kernel_sees_what_was_passed(tmp_path):
+    nb = notebook(tmp_path/"a.ipynb", "Path = __import__('pathlib').Path; Path('got').write_text(repr((n, s)))", parameters="n: int = 1\ns: str = ''\n")
+    (tmp_path/"p.yaml").write_text("a: {n: 2, s: x}\n")
+    p = start(nb, tmp_path/"o.ipynb", "-f", tmp_path/"p.yaml", "-s", "a", "-p", "s='; import os #")
+    assert p.communicate(timeout=120) and p.returncode==0
+    assert (tmp_path/"got").read_text()==repr((2, "'; import os #"))
+
+
+def test_training_twice_gives_the_same_bytes(tmp_path):
+    "In two processes, with other hash seeds and from other folders."
+    got = []
+    for i in "ab":
+        (tmp_path/i).mkdir()
+        env = {**os.environ, "PYTHONHASHSEED": str(ord(i)), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+        r = subprocess.run([TOOL, "run", ROOT/"nbs/pipeline/2_train.ipynb", "-o", tmp_path/i/"2.ipynb", "-p", f"out={tmp_path/i/'train'}"], cwd=tmp_path/i, env=env, capture_output=True, text=True, timeout=600)
+        assert r.returncode==0, r.stdout+r.stderr
+        got.append({f.name: sha256(f.read_bytes()) for f in sorted((tmp_path/i/"train").iterdir())})
+    assert got[0]==got[1] and {"weights.safetensors", "history.csv", "model.json"}<=set(got[0])
+    r = subprocess.run([TOOL, "run", ROOT/"nbs/pipeline/2_train.ipynb", "-o", tmp_path/"3.ipynb", "-p", f"out={tmp_path/'c'}", "-p", "seed=1"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert r.returncode==0 and sha256((tmp_path/"c/weights.safetensors").read_bytes())!=got[0]["weights.safetensors"]
+
+
+def test_no_part_on_two_sides(tmp_path):
+    "On the real pictures where DEFECT_DATA names them, else on drawn ones."
+    data = os.environ.get("DEFECT_DATA") or write_synth(tmp_path/"d", tiles=40, seed=3)
+    t = read_data(data)
+    t["group"], pairs = find_groups(data, t)
+    t["split"] = split_by_group(t, {"train": .6, "valid": .15, "test": .25}, 0)
+    refuse_leaks(t)
+    side = t.set_index("image").split
+    assert len(pairs) and (pairs.a.map(side).values==pairs.b.map(side).values).all()
+    links = name_links(t)
+    assert len(links) and all(t.split[a]==t.split[b] for a, b in links)
+    assert set(t.split)=={"train", "valid", "test"} and t[t.split=="test"].label.nunique()==t.label.nunique()
