@@ -233,7 +233,9 @@ def test_live_before_ready(tmp_path):
             assert live.status_code == 200
             if ready.status_code != 200:
                 assert_problem(ready, 503, "not_ready")
-                assert_problem(post(u, encode(plate())), 503, "not_ready")
+                r = post(u, encode(plate()))
+                if r.status_code != 200: assert_problem(r, 503, "not_ready")
+                else: assert httpx.get(f"{u}/healthz/ready").status_code == 200, "it has become ready in between, or should not have answered"
             seen.append(ready.status_code)
             time.sleep(.02)
         assert seen[0] == 503 and seen[-1] == 200 and p.stdout.readline().startswith("serving example-spot@")
@@ -302,4 +304,6 @@ def test_nothing_leaks(bundle):
     before = count()
     for _ in range(3):
         with background(Settings(bundle=bundle, threads=1)) as u: assert post(u, encode(plate())).status_code == 200
-    assert count() <= before
+    end = time.monotonic()+10 # a thread that was told to end may take its time on a busy machine
+    while not all(a<=b for a, b in zip(count(), before)) and time.monotonic()<end: time.sleep(.05)
+    assert all(a<=b for a, b in zip(count(), before)), (count(), before)

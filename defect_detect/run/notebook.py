@@ -108,7 +108,7 @@ def _execute(notebook, tmp, values, cwd, say):
     logging.getLogger("papermill").setLevel(logging.ERROR) # its own reading of parameters knows fewer types than ours
     try:
         papermill.execute_notebook(str(notebook), str(tmp), parameters=dict(values), engine_name="defect_detect", kernel_name="python3", language="python", cwd=str(cwd), progress_bar=False,
-                                   stdout_file=_Lines(say), say=say, extra_arguments=["--log-level=40"], start_timeout=120)
+                                   stdout_file=_Lines(say), say=say, extra_arguments=["--log-level=50"], start_timeout=120)
     except papermill.PapermillExecutionError as e:
         nb = nbformat.read(tmp, 4)
         cell = next(c for c in nb.cells if any(o.output_type=="error" for o in c.get("outputs", [])))
