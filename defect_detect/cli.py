@@ -164,7 +164,7 @@ def run_one(notebook:Annotated[str, typer.Argument(help="a notebook with one cel
     run_notebook(notebook, output, {**values, **read_schema(notebook).parse(param)}, say=lambda s: print(s, flush=True))
     print(output)
 
-# %% ../nbs/90_cli.ipynb #9d988875
+# %% ../nbs/90_cli.ipynb #b7c86711
 def _demo_set(root:Path)->Path:
     "`data/demo`, drawn when it is missing; refused when it was drawn with other values."
     import yaml
@@ -204,7 +204,7 @@ def run_pipeline(name:Annotated[str, typer.Argument(help="of the run; it works i
     if json_: return print(json.dumps(dict(run=name, stages={k: dict(how=h, seconds=round(s, 1)) for k, (h, s) in took.items()}, metrics=json.loads((folder/"evaluate/metrics.json").read_text()))))
     _report(folder.relative_to(root), took)
     if ask: _ask(folder.relative_to(root))
-    _next(folder.relative_to(root))
+    _next(folder.relative_to(root), data)
 
 
 @run.command("update-stages", epilog="Example: defect-detect run update-stages")
@@ -213,7 +213,7 @@ def run_update_stages():
     from defect_detect.run.pipeline import update_stages
     update_stages()
 
-# %% ../nbs/90_cli.ipynb #806a96cc
+# %% ../nbs/90_cli.ipynb #2f30e9ce
 def _report(folder:Path, took:Mapping):
     from defect_detect.judge.report import KIND_HEAD, kind_rows, metric_rows, text_table
     m = json.loads((folder/"evaluate/metrics.json").read_text())
@@ -254,15 +254,13 @@ def _ask(folder:Path):
             for o in a.regions[:3]: print(f"      {o.cls} {o.score:.2f}, box {o.box}, {o.area} px")
 
 
-def _next(folder:Path):
-    name, p = folder.name, ".venv/bin/defect-detect" if Path(".venv/bin/defect-detect").exists() else "defect-detect"
-    print(f"""
-Next:
-  {p} predict {folder}/export/bundle {folder}/data/*/Imgs/*.jpg      judge pictures
-  {p} serve {folder}/export/bundle                   serve it on port 8000
-  {p} run pipeline {name} -p train.epochs=20         change something; only what it touches runs again
-  make lab                                           open the notebooks
-  make run DATA=<folder> NAME=<name>                 your own pictures""")
+def _next(folder:Path, data:Path|None):
+    tool = ".venv/bin/defect-detect" if Path(".venv/bin/defect-detect").exists() else "defect-detect"
+    picture, mine = next(p for p in sorted((folder/"data").rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg", ".png")), f" --data {data}" if data else ""
+    rows = [(f"predict {folder}/export/bundle {picture}", "judge pictures"), (f"serve {folder}/export/bundle", "serve it on port 8000"),
+            (f"run pipeline {folder.name}{mine} -p train.epochs=20", "change something; only what it touches runs again")]
+    print("\nNext:")
+    _table([(f"  {tool} {c}", why) for c, why in rows]+[("  make lab", "open the notebooks"), ("  make run DATA=<folder> NAME=<name>", "your own pictures")])
 
 # %% ../nbs/90_cli.ipynb #dd294fdb
 @app.command(epilog="Example: defect-detect predict runs/demo/export/bundle a.jpg b.png --json")
