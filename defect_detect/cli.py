@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-# %% ../nbs/90_cli.ipynb #057b775a
+# %% ../nbs/90_cli.ipynb #155354b4
 def _ours(e:BaseException)->bool:
     "Is `e` of a type that this package defines, or trouble with a file?"
     return isinstance(e, (OSError, ModuleNotFoundError)) or any(t.__module__.startswith("defect_detect.") for t in type(e).__mro__)
@@ -39,7 +39,8 @@ def main(args:list[str]|None=None, # the words after `defect-detect`
     "Run a command and exit: 0 done, 1 it did not work, 2 wrong words, 130 stopped."
     try: code = app(args, standalone_mode=False, prog_name="defect-detect")
     except TyperException as e:
-        print(f"error: {e.format_message()}", file=sys.stderr)
+        text = e.format_message()
+        print(text if text.startswith("Usage:") else f"error: {text}", file=sys.stderr) # no words at all: the help
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         print("stopped; nothing half-written was kept", file=sys.stderr)

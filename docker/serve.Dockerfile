@@ -1,6 +1,6 @@
 # The service, and nothing that trains. Build from the root of the repository, after `pip wheel --no-deps -w dist .`:
 #   docker build -f docker/serve.Dockerfile -t defect-detect-serve .
-# CI pins the base by digest (python:3.11-slim@sha256:...) and checks it; a tag alone can change under us.
+# A tag can change under us: for production, pin the base by digest (python:3.11-slim@sha256:...).
 FROM python:3.11-slim AS build
 COPY docker/serve.lock /tmp/serve.lock
 COPY dist/defect_detect-*.whl /tmp/

@@ -163,10 +163,10 @@ def repro(run:str|Path, # from `make_run`
                     say({"ran": f"== {last}", "unchanged": f"== {last}: nothing changed", "cached": f"== {last}: taken from the cache"}[how])
                 elif not _NOISE.search(line):
                     tail = [*tail[-5:], line]
-                    say(line)
+                    if not line.startswith("error: "): say(line) # it is raised at the end
         except BaseException:
             p.terminate()
             raise
     if last: done[last] = (done[last][0], time.monotonic()-t0)
-    if p.returncode: raise RunError(next((s for s in reversed(tail) if s.startswith("error: ")), tail[-1] if tail else "dvc failed").removeprefix("error: "))
+    if p.returncode: raise RunError(next((s for s in reversed(tail) if s.startswith("error: ")), tail[-1] if tail else "dvc failed").removeprefix("error: ").replace("; see notebooks/", f"; see {os.path.relpath(run)}/notebooks/"))
     return done
