@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-# %% ../nbs/90_cli.ipynb #155354b4
+# %% ../nbs/90_cli.ipynb #bb6b7a04
 def _ours(e:BaseException)->bool:
     "Is `e` of a type that this package defines, or trouble with a file?"
     return isinstance(e, (OSError, ModuleNotFoundError)) or any(t.__module__.startswith("defect_detect.") for t in type(e).__mro__)
@@ -42,14 +42,13 @@ def main(args:list[str]|None=None, # the words after `defect-detect`
         text = e.format_message()
         print(text if text.startswith("Usage:") else f"error: {text}", file=sys.stderr) # no words at all: the help
         code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        print("stopped; nothing half-written was kept", file=sys.stderr)
-        code = 130
+    except typer.Abort: code = 130
     except BrokenPipeError: code = 1
     except Exception as e:
         if not _ours(e): raise
         print(f"error: {_line(e)}", file=sys.stderr)
         code = _status(e)
+    if code==130: print("stopped; nothing half-written was kept", file=sys.stderr) # typer's code after Ctrl-C
     sys.exit(code)
 
 # %% ../nbs/90_cli.ipynb #1ebab537

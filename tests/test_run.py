@@ -102,6 +102,26 @@ def test_two_at_once(tmp_path):
     first.communicate(timeout=20)
 
 
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_pipeline_leaves_nobody_behind(tmp_path, sig):
+    "SIGKILL to the command alone, SIGINT to all of them as a terminal does."
+    (tmp_path/"nbs/pipeline").mkdir(parents=True)
+    (tmp_path/"pictures").mkdir()
+    notebook(tmp_path/"nbs/pipeline/1_prepare.ipynb", SLEEP, parameters="data: str = ''\n")
+    (tmp_path/"params.yaml").write_text("demo: {}\n")
+    (tmp_path/"dvc.yaml").write_text("stages:\n  prepare:\n    cmd: defect-detect run ${root}/nbs/pipeline/1_prepare.ipynb -o notebooks/1_prepare.ipynb -p data=data\n    deps: [data]\n    outs: [prepare]\n")
+    p = subprocess.Popen([TOOL, "run", "pipeline", "x", "--data", "pictures"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    until((tmp_path/"runs/x/pid").exists)
+    family = psutil.Process(p.pid).children(recursive=True)
+    assert len(family)>=3
+    os.killpg(p.pid, sig) if sig==signal.SIGINT else p.send_signal(sig)
+    _, err = p.communicate(timeout=30)
+    until(lambda: not [k for k in family if k.is_running() and k.status()!=psutil.STATUS_ZOMBIE], 20)
+    if sig==signal.SIGINT: assert p.returncode==130 and err=="stopped; nothing half-written was kept\n"
+    assert not (tmp_path/"runs/x/notebooks/1_prepare.ipynb").exists()
+
+
 def test_the_kernel_sees_what_was_passed(tmp_path):
     nb = notebook(tmp_path/"a.ipynb", "Path = __import__('pathlib').Path; Path('got').write_text(repr((n, s)))", parameters="n: int = 1\ns: str = ''\n")
     (tmp_path/"p.yaml").write_text("a: {n: 2, s: x}\n")
