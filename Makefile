@@ -51,6 +51,6 @@ clean: ## remove .venv, runs, demo data and caches
 	rm -rf .venv runs data/demo data/demo.json _proc _docs dist build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-# Without an index of CPU builds there is no way to know their hashes; say so instead of "no rule to make target".
+# Taken once from the index that is named: its hashes are known to nobody else.
 lock-cpu.txt:
-	@echo "error: lock-cpu.txt is not there yet; make it from an index that has CPU builds of torch: make lock INDEX=<url>" >&2; exit 1
+	@$(PYTHON) tools/lock.py --cpu "$(INDEX)"

@@ -126,6 +126,9 @@ def test_cpu_lock(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)) as s:
         threading.Thread(target=s.serve_forever, daemon=True).start()
         got = blocks(cpu_lock(lock, f"http://127.0.0.1:{s.server_port}"))
+        with pytest.raises(SystemExit, match="cannot be read"): cpu_lock(lock, f"http://127.0.0.1:{s.server_port}/none")
+        (tmp_path/"torch/index.html").write_text("<html>")
+        with pytest.raises(SystemExit, match="has no torch"): cpu_lock(lock, f"http://127.0.0.1:{s.server_port}")
         s.shutdown()
     gone = set(names)-set(got)
     assert gone and all(n.startswith(("nvidia-", "cuda-", "triton")) for n in gone)

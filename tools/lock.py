@@ -32,7 +32,9 @@ def cpu_lock(lock:str, # text of lock.txt
     out = {k: b for k, b in blocks(lock).items() if not CUDA.match(k)}
     for name in CPU:
         version = re.search(r"==([\d.]+)", out[name])[1]
-        with urllib.request.urlopen(f"{index.rstrip('/')}/{name}/") as r: page = r.read().decode()
+        try:
+            with urllib.request.urlopen(f"{index.rstrip('/')}/{name}/", timeout=60) as r: page = r.read().decode()
+        except (OSError, ValueError) as e: raise SystemExit(f"error: {index} cannot be read as a package index: {e}") from None
         links = _Links()
         links.feed(page)
         wheel = re.compile(rf"{name}-{re.escape(version)}\+cpu-cp31[123]-cp31[123]-manylinux_\w+_(x86_64|aarch64)\.whl")
@@ -48,10 +50,19 @@ def compile_lock(target:str, *extras:str):
     subprocess.run([*cmd, *(w for e in extras for w in ("--extra", e))], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def main(index:str=""):
-    compile_lock("lock.txt", "serve", "learn", "dev")
-    compile_lock("docker/serve.lock", "serve")
-    if index: (ROOT/"lock-cpu.txt").write_text(cpu_lock((ROOT/"lock.txt").read_text(), index))
+def write_cpu(index:str):
+    (ROOT/"lock-cpu.txt").write_text(cpu_lock((ROOT/"lock.txt").read_text(), index))
+    print("lock-cpu.txt was written with the hashes that the index gives; commit it, so that the next installation is held to them")
+
+
+def main(*words:str):
+    "`[--cpu] [INDEX]`; with --cpu only lock-cpu.txt, for which the standard library is enough."
+    only, index = "--cpu" in words, next((w for w in words if not w.startswith("-")), "")
+    if not only:
+        compile_lock("lock.txt", "serve", "learn", "dev")
+        compile_lock("docker/serve.lock", "serve")
+    if index: write_cpu(index)
+    elif only: raise SystemExit("error: TORCH=cpu needs INDEX=<url>: the package index that has the CPU builds of torch")
     else: print("lock-cpu.txt was left alone; to renew it: make lock INDEX=<url of the index with the CPU builds>")
 
 

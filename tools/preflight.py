@@ -1,4 +1,6 @@
 "Say what an installation will need and check it, with nothing but the standard library."
+from __future__ import annotations # an older Python must get as far as being told so
+
 import shutil
 import sys
 from pathlib import Path
