@@ -42,10 +42,10 @@ def interval(rows:pd.DataFrame, # with `group`
              stat:Callable[[pd.DataFrame], float], # may be nan for a draw that lacks a kind
              n:int=500, # draws
              seed:int=0,
-)->tuple[float, float]: # lower and upper end of the middle 95 %; nan when most draws are nan
+)->tuple[float, float]: # lower and upper end of the middle 95 %; nan with less than two parts, or when most draws are nan
     "Bootstrap interval of `stat` over parts."
     rng, where = np.random.default_rng(seed), [np.flatnonzero(rows.group==g) for g in sorted(set(rows.group))]
-    if not where: return float("nan"), float("nan")
+    if len(where)<2: return float("nan"), float("nan") # one part says nothing about other parts
     v = np.array([stat(rows.iloc[np.concatenate([where[i] for i in rng.integers(0, len(where), len(where))])]) for _ in range(n)], float)
     if np.isnan(v).mean()>.5: return float("nan"), float("nan")
     return tuple(float(x) for x in np.nanpercentile(v, [2.5, 97.5]))
