@@ -164,7 +164,7 @@ def run_one(notebook:Annotated[str, typer.Argument(help="a notebook with one cel
     run_notebook(notebook, output, {**values, **read_schema(notebook).parse(param)}, say=lambda s: print(s, flush=True))
     print(output)
 
-# %% ../nbs/90_cli.ipynb #b7c86711
+# %% ../nbs/90_cli.ipynb #03a4d8cc
 def _demo_set(root:Path)->Path:
     "`data/demo`, drawn when it is missing; refused when it was drawn with other values."
     import yaml
@@ -199,7 +199,7 @@ def run_pipeline(name:Annotated[str, typer.Argument(help="of the run; it works i
     changes = {s: (read_schema(notebooks[s]).parse(v) if notebooks.get(s) else {k: k for k in v}) for s, v in _words(param).items()}
     params = run_params(root, data is None, changes)
     say = (lambda s: print(s, file=sys.stderr, flush=True)) if json_ else (lambda s: print(s, flush=True))
-    folder = make_run(name, data or _demo_set(root), params, root)
+    folder = make_run(name, data.expanduser() if data else _demo_set(root), params, root) # make does not expand ~ in DATA=~/pictures
     took = repro(folder, force, say)
     if json_: return print(json.dumps(dict(run=name, stages={k: dict(how=h, seconds=round(s, 1)) for k, (h, s) in took.items()}, metrics=json.loads((folder/"evaluate/metrics.json").read_text()))))
     _report(folder.relative_to(root), took)
