@@ -10,6 +10,7 @@ PORT   ?= 8000
 BIN    := .venv/bin
 LOCK   := $(if $(filter cpu,$(TORCH)),lock-cpu.txt,lock.txt)
 export DVC_NO_ANALYTICS = 1
+export ORT_DISABLE_TELEMETRY = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := help
 .PHONY: help run install test prepare serve lab lock clean

@@ -13,7 +13,7 @@ RUN python -m venv /venv \
 FROM python:3.11-slim
 COPY --from=build /venv /venv
 # The service writes nothing: run it with a read-only root. No .pyc files are attempted either.
-ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
 # Numeric, so that Kubernetes can see that it is not root.
 USER 10001:10001
 # A bundle is mounted at /bundle, or comes with an image of your own: FROM this one, `COPY mybundle /bundle`.

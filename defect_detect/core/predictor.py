@@ -6,6 +6,7 @@
 __all__ = ['Engine', 'OrtEngine', 'Region', 'Prediction', 'picture_score', 'verdict_of', 'find_regions', 'Predictor']
 
 # %% ../../nbs/03_core.predictor.ipynb #ed7a5570
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,9 @@ class OrtEngine:
         model:bytes, # ONNX, already hash-checked
         threads:int=0, # within one operator; 0: onnxruntime decides
     ):
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1" # before the import, which would write a device id and start an uploader
         import onnxruntime as ort
-        ort.disable_telemetry_events()
+        ort.disable_telemetry_events() # where somebody has imported it before us
         o = ort.SessionOptions()
         o.intra_op_num_threads, o.inter_op_num_threads, o.log_severity_level = threads, 1, 3
         o.add_session_config_entry("session.intra_op.allow_spinning", "0")
