@@ -6,10 +6,11 @@
 __all__ = ['app', 'data', 'run', 'bundle', 'main', 'data_demo', 'data_list', 'data_check', 'run_one', 'run_pipeline',
            'run_update_stages', 'predict', 'serve', 'bundle_show']
 
-# %% ../nbs/90_cli.ipynb #3a98b344
+# %% ../nbs/90_cli.ipynb #291d38ad
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
-# %% ../nbs/90_cli.ipynb #bb6b7a04
+# %% ../nbs/90_cli.ipynb #f110b39d
 def _ours(e:BaseException)->bool:
     "Is `e` of a type that this package defines, or trouble with a file?"
     return isinstance(e, (OSError, ModuleNotFoundError)) or any(t.__module__.startswith("defect_detect.") for t in type(e).__mro__)
@@ -34,9 +35,16 @@ def _line(e:BaseException)->str:
     return " ".join(str(e).split())
 
 
+def _take_debug(args):
+    "`--debug` may stand anywhere before a `--`: whoever needs it adds it to the line that failed."
+    n = args.index("--") if "--" in args else len(args)
+    return [a for a in args[:n] if a!="--debug"]+args[n:], "--debug" in args[:n]
+
+
 def main(args:list[str]|None=None, # the words after `defect-detect`
 ):
-    "Run a command and exit: 0 done, 1 it did not work, 2 wrong words, 130 stopped."
+    "Run a command and exit: 0 done, 1 it did not work, 2 wrong words, 130 stopped; 3 is `predict --fail-on-defect`."
+    args, debug = _take_debug(sys.argv[1:] if args is None else args)
     try: code = app(args, standalone_mode=False, prog_name="defect-detect")
     except TyperException as e:
         text = e.format_message()
@@ -45,13 +53,13 @@ def main(args:list[str]|None=None, # the words after `defect-detect`
     except typer.Abort: code = 130
     except BrokenPipeError: code = 1
     except Exception as e:
-        if not _ours(e): raise
-        print(f"error: {_line(e)}", file=sys.stderr)
+        if debug: raise
+        print(f"error: {_line(e)}" if _ours(e) else f"error: {type(e).__name__}: {_line(e)}; this is a bug of ours, its traceback comes with --debug", file=sys.stderr)
         code = _status(e)
     if code==130: print("stopped; nothing half-written was kept", file=sys.stderr) # typer's code after Ctrl-C
     sys.exit(code)
 
-# %% ../nbs/90_cli.ipynb #1ebab537
+# %% ../nbs/90_cli.ipynb #0b788c05
 class _Run(TyperGroup):
     "`run <notebook>` means `run notebook <notebook>`."
     def parse_args(self, ctx, args):
@@ -73,7 +81,7 @@ class _Notebook(TyperCommand):
 
 
 _plain = dict(rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app = typer.Typer(help="Find defects on pictures of parts: data, training, evaluation, service.", **_plain)
+app = typer.Typer(help="Find defects on pictures of parts: data, training, evaluation, service.", epilog="--debug, anywhere on a line, shows the traceback of an error.", **_plain)
 data = typer.Typer(help="Folders of pictures.", **_plain)
 run = typer.Typer(cls=_Run, help="Notebooks and pipelines.\n\nExample: defect-detect run nbs/pipeline/1_prepare.ipynb -o out/1.ipynb -p seed=1", **_plain)
 bundle = typer.Typer(help="Bundles: the folders that ship.", **_plain)
@@ -132,8 +140,8 @@ def data_check(folder:Path, json_:_Json=False):
         print(f"{len(found)} findings")
     return int(any(f.severity=="error" for f in found))
 
-# %% ../nbs/90_cli.ipynb #ee8fd85a
-def _words(pairs)->dict[str, dict[str, str]]:
+# %% ../nbs/90_cli.ipynb #0ed6e150
+def _words(pairs)->dict[str, list[str]]:
     "Split stage.name=value."
     from defect_detect.run.schema import ParameterError
     out = {}
@@ -164,7 +172,42 @@ def run_one(notebook:Annotated[str, typer.Argument(help="a notebook with one cel
     run_notebook(notebook, output, {**values, **read_schema(notebook).parse(param)}, say=lambda s: print(s, flush=True))
     print(output)
 
-# %% ../nbs/90_cli.ipynb #03a4d8cc
+# %% ../nbs/90_cli.ipynb #5c138bdf
+class _Screen:
+    "Lines for people: `with _Screen(stream) as say: say(line)`. On a terminal the running cell is a last line that is rewritten."
+    def __init__(self, to): self.to, self.live = to, to.isatty()
+
+    def __enter__(self):
+        import threading
+        self.stage = self.now = ""
+        self.since, self.end, self.lock = time.monotonic(), threading.Event(), threading.Lock()
+        if self.live:
+            self.thread = threading.Thread(target=self._beat, daemon=True)
+            self.thread.start()
+        return self.say
+
+    def __exit__(self, *e):
+        if not self.live: return
+        self.end.set()
+        self.thread.join()
+        self._write("")
+
+    def say(self, line):
+        if not self.live: return print(line, file=self.to, flush=True)
+        with self.lock:
+            if line.startswith("cell "): self.now = line
+            else:
+                if line.startswith("== "): self.stage, self.now, self.since = line[3:].split(" (")[0], "", time.monotonic()
+                self._write(line+"\n")
+
+    def _beat(self):
+        import shutil
+        while not self.end.wait(.5):
+            with self.lock: self._write(f"{self.stage}  {time.monotonic()-self.since:.0f} s  {self.now}"[:shutil.get_terminal_size().columns-1])
+
+    def _write(self, text): print("\r\x1b[2K"+text, end="", file=self.to, flush=True)
+
+# %% ../nbs/90_cli.ipynb #db5c0419
 def _demo_set(root:Path)->Path:
     "`data/demo`, drawn when it is missing; refused when it was drawn with other values."
     import yaml
@@ -191,16 +234,16 @@ def run_pipeline(name:Annotated[str, typer.Argument(help="of the run; it works i
                  ask:Annotated[bool, typer.Option("--ask", help="then start the service and send it two test pictures")]=False,
                  json_:_Json=False):
     "Run the four stages: prepare, train, export, evaluate."
-    from defect_detect.run.pipeline import make_run, repro, run_params
-    from defect_detect.run.schema import read_schema
+    from defect_detect.judge.page import write_page
+    from defect_detect.run.pipeline import hold, make_run, parse_changes, repro, run_params
     root = Path.cwd()
     if not (root/"dvc.yaml").is_file(): raise FileNotFoundError(2, "no such file; this command works in the project's folder", "dvc.yaml")
-    notebooks = {s: next((root/"nbs/pipeline").glob(f"?_{s}.ipynb"), None) for s in ("prepare", "train", "export", "evaluate")}
-    changes = {s: (read_schema(notebooks[s]).parse(v) if notebooks.get(s) else {k: k for k in v}) for s, v in _words(param).items()}
-    params = run_params(root, data is None, changes)
-    say = (lambda s: print(s, file=sys.stderr, flush=True)) if json_ else (lambda s: print(s, flush=True))
-    folder = make_run(name, data.expanduser() if data else _demo_set(root), params, root) # make does not expand ~ in DATA=~/pictures
-    took = repro(folder, force, say)
+    params = run_params(root, data is None, parse_changes(root, _words(param)))
+    with hold(name, root), _Screen(sys.stderr if json_ else sys.stdout) as say:
+        folder = make_run(name, data.expanduser() if data else _demo_set(root), params, root) # make does not expand ~ in DATA=~/pictures
+        (folder/"index.html").unlink(missing_ok=True) # a page about other results must not be taken for one about these
+        took = repro(folder, force, say)
+        write_page(folder, took)
     if json_: return print(json.dumps(dict(run=name, stages={k: dict(how=h, seconds=round(s, 1)) for k, (h, s) in took.items()}, metrics=json.loads((folder/"evaluate/metrics.json").read_text()))))
     _report(folder.relative_to(root), took)
     if ask: _ask(folder.relative_to(root))
@@ -213,7 +256,7 @@ def run_update_stages():
     from defect_detect.run.pipeline import update_stages
     update_stages()
 
-# %% ../nbs/90_cli.ipynb #2f30e9ce
+# %% ../nbs/90_cli.ipynb #80a24560
 def _report(folder:Path, took:Mapping):
     from defect_detect.judge.report import KIND_HEAD, kind_rows, metric_rows, text_table
     m = json.loads((folder/"evaluate/metrics.json").read_text())
@@ -223,7 +266,7 @@ def _report(folder:Path, took:Mapping):
     print(text_table(kind_rows(m), KIND_HEAD)+"\n")
     print("Executed notebooks, to open or change (beside each its HTML):")
     for p in sorted((folder/"notebooks").glob("?_*.ipynb")): print(f"  {p}  {p.with_suffix('.html').name}")
-    print(f"Bundle: {folder/'export/bundle'}\nCard:   {folder/'evaluate/card.md'}")
+    print(f"Page:   {folder/'index.html'}   numbers, curves, misses, parameters: open it in a browser\nBundle: {folder/'export/bundle'}\nCard:   {folder/'evaluate/card.md'}")
 
 
 @contextmanager
@@ -262,27 +305,66 @@ def _next(folder:Path, data:Path|None):
     print("\nNext:")
     _table([(f"  {tool} {c}", why) for c, why in rows]+[("  make lab", "open the notebooks"), ("  make run DATA=<folder> NAME=<name>", "your own pictures")])
 
-# %% ../nbs/90_cli.ipynb #dd294fdb
-@app.command(epilog="Example: defect-detect predict runs/demo/export/bundle a.jpg b.png --json")
+# %% ../nbs/90_cli.ipynb #a52a469c
+def _overlays(found, folder):
+    "Where each picture's overlay goes; two that would share a file are refused before any picture is judged."
+    to = [folder/(name if Path(name).suffix==".png" else name+".png") for _, name in found]
+    twice = next((t for i, t in enumerate(to) if t in to[:i]), None) if len(set(to))<len(to) else None
+    if twice: raise FileExistsError(17, "two pictures would have this overlay; name a folder above both", str(twice))
+    return to
+
+
+def _answer(p, a):
+    regions = [{"class": r.cls, "score": round(r.score, 4), "box": r.box, "area": r.area} for r in a.regions]
+    return dict(picture=str(p), verdict=a.verdict, score=round(a.score, 6), regions=regions, model=a.bundle)
+
+
+def _row(r, w):
+    more = " …" if len(r["regions"])>3 else ""
+    return f"{r['picture']:{w}}  {r['verdict']:7}  {r['score']:.3f}  {', '.join('{class} {area} px'.format(**o) for o in r['regions'][:3])}{more}".rstrip()
+
+
+@app.command(epilog="Example: defect-detect predict runs/demo/export/bundle pictures/ --overlay out/ --fail-on-defect")
 def predict(bundle:Annotated[Path, typer.Argument(help="folder of a bundle")],
-            pictures:Annotated[list[Path], typer.Argument(help="JPEG or PNG files")],
+            pictures:Annotated[list[Path], typer.Argument(help="files, folders, or - for one picture on stdin")],
+            pattern:Annotated[str, typer.Option("--glob", help="which files of a folder, e.g. '*.jpg'")]="*",
+            overlay:Annotated[Path|None, typer.Option(help="folder for the pictures with what was found drawn on them")]=None,
+            fail_on_defect:Annotated[bool, typer.Option("--fail-on-defect", help="exit 3 when a defect is found")]=False,
             threads:Annotated[int, typer.Option(min=0, help="of the engine; 0: it decides")]=0,
             json_:_Json=False):
-    "Say of each picture whether, where and how surely it is defective."
+    "Say of each picture whether, where and how surely it is defective. Exit 1 when one could not be judged."
+    from defect_detect.core.files import picture_files, write_whole
     from defect_detect.core.image import DecodeError, Limits, decode
     from defect_detect.core.predictor import Predictor
-    pred, code, w = Predictor.load(bundle, threads), 0, max(len(str(p)) for p in pictures)
-    if not json_: print(f"{pred.tag}, defect from a score of {pred.card.operating_point.score_threshold:.3f}")
-    for p in pictures:
-        try: a = pred.predict([decode(p.read_bytes(), Limits())])[0]
+    found = picture_files(pictures, pattern)
+    if not found: raise FileNotFoundError(2, f"no picture matches {pattern}", str(pictures[0]))
+    to = _overlays(found, overlay) if overlay else [None]*len(found)
+    pred, count, w = Predictor.load(bundle, threads), dict(defect=0, review=0, ok=0, unreadable=0), max(len(str(p)) for p, _ in found)
+    if not json_: print(f"{pred.tag}, defect from a score of {pred.card.operating_point.score_threshold:.3f}\n\n{'picture':{w}}  verdict  score  regions")
+    for (p, _), out in zip(found, to):
+        try:
+            img = decode(sys.stdin.buffer.read(Limits().max_bytes+1) if str(p)=="-" else p.read_bytes(), Limits())
         except (OSError, DecodeError) as e:
-            print(f"error: {_line(e) if isinstance(e, OSError) else f'{p}: {e}'}", file=sys.stderr)
-            code = 1
+            why = _line(e) if isinstance(e, OSError) else f"{p}: {e}"
+            count["unreadable"] += 1
+            if json_: print(json.dumps(dict(picture=str(p), error=why)), flush=True)
+            else: print(f"error: {why}", file=sys.stderr)
             continue
-        regions = [{"class": r.cls, "score": round(r.score, 4), "box": r.box, "area": r.area} for r in a.regions]
-        if json_: print(json.dumps(dict(picture=str(p), verdict=a.verdict, score=round(a.score, 6), regions=regions, model=a.bundle)), flush=True)
-        else: print(f"{str(p):{w}}  {a.verdict:7}{a.score:.3f}  {', '.join('{class} {area} px'.format(**r) for r in regions[:3])}{' …' if len(regions)>3 else ''}".rstrip(), flush=True)
-    return code
+        a = pred.predict([img])[0]
+        count[a.verdict] += 1
+        print(json.dumps(_answer(p, a)) if json_ else _row(_answer(p, a), w), flush=True)
+        if out: write_whole(out, _png(img, a))
+    if not json_: print("\n"+", ".join(f"{n} {k}" for k, n in count.items() if n))
+    return 1 if count["unreadable"] else 3 if fail_on_defect and count["defect"] else 0
+
+
+def _png(img, a):
+    import io
+    from PIL import Image
+    from defect_detect.core.draw import annotate
+    b = io.BytesIO()
+    Image.fromarray(annotate(img, a)).save(b, "PNG")
+    return b.getvalue()
 
 
 @app.command(epilog="Example: defect-detect serve runs/demo/export/bundle --port 8000")
