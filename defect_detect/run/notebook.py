@@ -118,12 +118,12 @@ def time_left(line:str, # printed by a cell
 
 def _span(s): return f"{s:.0f} s" if s<100 else f"{s/60:.0f} min" if s<6000 else f"{s/3600:.1f} h"
 
-# %% ../../nbs/41_run.notebook.ipynb #2df75bc0
+# %% ../../nbs/41_run.notebook.ipynb #f3d7582d
 def _execute(notebook, tmp, values, cwd, say):
     import papermill
     from nbclient.exceptions import DeadKernelError
     papermill.engines.papermill_engines.register("defect_detect", _engine())
-    logging.getLogger("papermill").setLevel(logging.ERROR) # its own reading of parameters knows fewer types than ours
+    logging.getLogger("papermill").setLevel(logging.CRITICAL) # its own reading of parameters knows fewer types than ours; errors are raised
     lines = _Lines(say)
     try:
         papermill.execute_notebook(str(notebook), str(tmp), parameters=dict(values), engine_name="defect_detect", kernel_name="python3", language="python", cwd=str(cwd), progress_bar=False,
@@ -156,6 +156,7 @@ def run_notebook(notebook:str|Path, # with one cell tagged `parameters`
     with held, quiet(), tempfile.TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as room:
         tmp = Path(room)/output.name
         _rooms.add(room)
+        for dead in set(output.parent.glob(f".{output.stem}-????????"))-{Path(room)}: shutil.rmtree(dead, ignore_errors=True) # of a killed run: we hold the lock
         for old in (output, failed, output.with_suffix(".html"), failed.with_suffix(".html")): old.unlink(missing_ok=True)
         try: _execute(notebook, tmp, values, cwd, say)
         except NotebookError as e:

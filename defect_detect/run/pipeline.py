@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['closure', 'check_stages', 'update_stages', 'parse_changes', 'run_params', 'hold', 'make_run', 'RunError', 'repro']
 
-# %% ../../nbs/42_run.pipeline.ipynb #7b072e38
+# %% ../../nbs/42_run.pipeline.ipynb #0e25a74a
 import ast
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -157,13 +159,36 @@ def _fill(run, data, params, root):
         (run/"data").symlink_to(os.path.relpath(data, run) if data.is_relative_to(Path(root).resolve()) else data)
     return run
 
-# %% ../../nbs/42_run.pipeline.ipynb #c42108dc
+# %% ../../nbs/42_run.pipeline.ipynb #6c148092
 class RunError(RuntimeError):
     "A run that did not finish; the text says where and why."
 
 
 _LINE = dict(ran=re.compile(r"Running stage '(\w+)'"), unchanged=re.compile(r"Stage '(\w+)' didn't change"), cached=re.compile(r"Stage '(\w+)' is cached"))
 _NOISE = re.compile(r"^(> |Updating lock file|To track the changes|Use `dvc push`|Data and pipelines are up to date|ERROR: failed to reproduce|ERROR: failed to reproduce '\w+': failed to run|Verifying data|Generating lock file|WARNING: '.*__init__\.py' is empty|\s*$)|git add")
+
+
+_DVC = "import sys; from defect_detect.run.notebook import die_with_parent; die_with_parent(); from dvc.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def _full(folder): return shutil.disk_usage(folder).free<2**18
+
+
+def _mind_disk(p, folder):
+    "End `p` when the disk has been full for some seconds: DVC's own cache would wait for space for ever."
+    def watch():
+        seconds = 0
+        while p.poll() is None:
+            seconds = seconds+1 if _full(folder) else 0
+            if seconds>8: p.kill()
+            time.sleep(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _why(tail, run, full):
+    said = next((s for s in reversed(tail) if s.startswith("error: ")), tail[-1] if tail else "")
+    if full and "space" not in said.lower(): return f"{os.path.relpath(run)}: no space left on device"
+    return re.sub("^(error|ERROR): ", "", said or "dvc failed without a word").replace("; see notebooks/", f"; see {os.path.relpath(run)}/notebooks/")
 
 
 def repro(run:str|Path, # from `make_run`
@@ -174,7 +199,8 @@ def repro(run:str|Path, # from `make_run`
     run = Path(run)
     n, done, last, tail, t0 = len(yaml.safe_load((run/"dvc.yaml").read_text())["stages"]), {}, None, [], time.monotonic()
     env = {**os.environ, **QUIET, OWNER: str(os.getpid()), "PYTHONUNBUFFERED": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    with hold(run.name, run.parents[1]), subprocess.Popen([sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])], cwd=run, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+    with hold(run.name, run.parents[1]), subprocess.Popen([sys.executable, "-c", _DVC, "repro", *(["--force"] if force else [])], cwd=run, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+        _mind_disk(p, run)
         try:
             for line in map(str.rstrip, p.stdout):
                 hit = next(((k, m[1]) for k, r in _LINE.items() if (m := r.search(line))), None)
@@ -190,5 +216,9 @@ def repro(run:str|Path, # from `make_run`
             p.terminate()
             raise
     if last: done[last] = (done[last][0], time.monotonic()-t0)
-    if p.returncode: raise RunError(next((s for s in reversed(tail) if s.startswith("error: ")), tail[-1] if tail else "dvc failed").removeprefix("error: ").replace("; see notebooks/", f"; see {os.path.relpath(run)}/notebooks/"))
+    if p.returncode:
+        full = _full(run)
+        if any("space" in s.lower() for s in tail) or full: # DVC leaves the halves of files that did not fit
+            for half in (run.parent/".cache").rglob(".*.tmp"): half.unlink(missing_ok=True)
+        raise RunError(_why(tail, run, full))
     return done

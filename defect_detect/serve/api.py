@@ -246,7 +246,7 @@ def serve(bundle:str|Path, # the folder of a bundle
     try: sock, url = _listen(host, port)
     except (OSError, OverflowError) as e:
         why = str(getattr(e, "strerror", None) or e).split(" (while")[0]
-        print(f"cannot listen on {host}:{port}: {why}", file=sys.stderr)
+        print(f"error: cannot listen on {host}:{port}: {why}; choose another port, or 0 for a free one", file=sys.stderr)
         return 1
     _log_to_stderr()
     app = create_app(settings)
