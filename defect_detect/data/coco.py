@@ -20,7 +20,7 @@ import numpy as np
 
 from .layouts import DataError, Entry, kind_name, tidy
 
-# %% ../../nbs/19_data.coco.ipynb #4b57fe0d
+# %% ../../nbs/19_data.coco.ipynb #5f5efd7c
 _COCO = {"id", "file_name", "width", "height", "license", "flickr_url", "coco_url", "date_captured"}
 
 
@@ -72,7 +72,7 @@ def parse_coco(data:bytes, # a COCO JSON file
         if type(a.get("image_id")) is not int or a["image_id"] not in regions: raise DataError(f"{where} is of the picture {a.get('image_id')!r}, which is not listed")
         if type(a.get("category_id")) is not int or a["category_id"] not in kinds: raise DataError(f"{where} is of the category {a.get('category_id')!r}, which is not listed")
         if not shape or not isinstance(shape, (list, dict)): raise DataError(f"{where} has no outline; boxes alone are not enough")
-        regions[a["image_id"]].append(Region(n, kind_name(kinds[a["category_id"]], where), shape))
+        regions[a["image_id"]].append(Region(a["id"] if type(a.get("id")) is int else n, kind_name(kinds[a["category_id"]], where), shape))
     extras = lambda im: {k: v for k, v in im.items() if k not in _COCO and isinstance(v, (str, int, float))}
     return Coco(name, hashlib.sha256(data).hexdigest(), {n: CocoPicture(im["width"], im["height"], extras(im), tuple(regions[im["id"]])) for n, im in out.items()})
 
@@ -108,13 +108,13 @@ def draw(shape:list|Mapping, # polygons [[x,y,x,y,...],...] or {"size": [h,w], "
     if not isinstance(counts, list) or not all(type(v) is int and v>=0 for v in counts) or sum(counts)!=h*w: raise DataError(f"{where} has run lengths that do not add up to {w}x{h} px")
     return mask.decode(mask.frPyObjects(dict(size=[h, w], counts=counts), h, w))>0
 
-# %% ../../nbs/19_data.coco.ipynb #399ceb07
+# %% ../../nbs/19_data.coco.ipynb #e0ee6493
 def class_map(p:CocoPicture, where:str="the picture")->tuple[np.ndarray, tuple[str, ...]]: # (h,w) uint8; names of its values
     "Draw all regions of `p`; small ones lie on top."
     names = ("background", *sorted({r.kind for r in p.regions}))
     if len(names)>256: raise DataError(f"{where} has {len(names)-1} kinds of defect; at most 255 are allowed")
     out = np.zeros((p.height, p.width), np.uint8)
-    drawn = [(draw(r.shape, p.height, p.width, f"{where}, annotation {r.id+1} of the file,"), r) for r in p.regions]
+    drawn = [(draw(r.shape, p.height, p.width, f"{where}, annotation {r.id}"), r) for r in p.regions]
     for m, r in sorted(drawn, key=lambda d: (int(d[0].sum()), d[1].kind, d[1].id), reverse=True): out[m] = names.index(r.kind)
     return out, names
 
