@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 	@echo
-	@echo "  DATA=<folder>      pictures to run on (none: the demo set)     NAME=<name>   the run is runs/NAME"
+	@echo "  DATA=<folder|zip>  pictures to run on (none: the demo set)     NAME=<name>   the run is runs/NAME"
 	@echo "  ARGS='-p train.epochs=20'  parameters of the stages            PYTHON=python3.12"
 	@echo "  TORCH=cpu INDEX=<url>      the CPU build of torch (1 GB, not 6), from the index that has it"
 

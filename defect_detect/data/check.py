@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['Finding', 'check_data', 'check_parts', 'refuse_errors', 'findings_table']
 
-# %% ../../nbs/13_data.check.ipynb #aaffd643
+# %% ../../nbs/13_data.check.ipynb #404c20cc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
-from .read import DataError, classes_of, load_image, load_mask
+from .read import DataError, load_image, load_marks
 
-# %% ../../nbs/13_data.check.ipynb #06f558f3
+# %% ../../nbs/13_data.check.ipynb #7b4aee5e
 @dataclass(frozen=True)
 class Finding:
     "Something about the data that a person should know."
@@ -27,18 +28,18 @@ class Finding:
 
 def _pictures(root, table):
     "Yield (severity, what, image, remedy) of every picture that cannot be used as it is."
-    classes = classes_of(table)
     for r in table.itertuples():
         try:
             load_image(root, r)
-            m = load_mask(root, r, classes) if r.mask else None
-            raw = load_mask(root, r._replace(label="any"), ("background", "any")) if r.mask else None
+            m, names = load_marks(root, r)
         except (DataError, OSError) as e:
             yield "error", "cannot be read", r.image, f"repair or remove it: {e}"
             continue
-        if r.label=="good" and raw is not None and raw.any(): yield "warning", "good, but the mask marks something", r.image, "correct the label or empty the mask; until then it counts as good"
-        if r.label!="good" and m is None: yield "error", "defective, but without a mask", r.image, "draw a mask or remove it"
-        elif r.label!="good" and not m.any(): yield "warning", "defective, but the mask is empty above 127", r.image, "mark the defect; until then it teaches nothing about where"
+        kinds = [n for n, a in zip(names, np.bincount(m.ravel(), minlength=len(names))) if a and n!="background"]
+        if r.label=="good" and kinds: yield "warning", "good, but the mask marks something", r.image, "correct the label or empty the mask; until then it counts as good"
+        if r.label!="good" and not r.mask: yield "error", "defective, but without a mask", r.image, "draw a mask or remove it"
+        elif r.label!="good" and not kinds: yield "warning", "defective, but the mask is empty above 127", r.image, "mark the defect; until then it teaches nothing about where"
+        elif r.label!="good" and r.label not in kinds: yield "warning", "the mask marks other kinds than the label", r.image, "correct one of them; until then the part counts as the label and its pixels as the mask"
 
 # %% ../../nbs/13_data.check.ipynb #577c6da4
 def check_data(root:str|Path, # the data folder
