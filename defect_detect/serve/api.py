@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'Line', 'Service', 'create_app', 'add_routes', 'background', 'serve']
 
-# %% ../../nbs/63_serve.api.ipynb #346eaf10
+# %% ../../nbs/63_serve.api.ipynb #dbbe9d2e
 import asyncio
 import logging
 import signal
@@ -30,7 +30,7 @@ from .. import __version__
 from ..core.bundle import BundleError
 from ..core.image import DecodeError, Limits, decode
 from ..core.predictor import Predictor
-from .body import picture_of, read_body
+from .body import DECLARED, picture_of, read_body
 from .envelope import Envelope, JsonLines, refuse
 from .messages import PROBLEMS, Answer, ModelCard, Problem, ProblemError, Timing, answer_of, card_of
 
@@ -111,11 +111,11 @@ class Service:
         spent = [round(1000*(b-a), 3) for a, b in zip(t, t[1:])]
         return answer_of(prediction, p.bundle, request_id, Timing(**dict(zip(Timing.model_fields, spent))), mask, s.max_regions)
 
-# %% ../../nbs/63_serve.api.ipynb #6e131ca0
+# %% ../../nbs/63_serve.api.ipynb #d7cfc000
 _FILE = {"schema": {"type": "string", "format": "binary"}}
-_BODY = {"requestBody": {"required": True, "description": "The picture, as it is or as the one file of a form", "content": {
-    "image/jpeg": _FILE, "image/png": _FILE, "application/octet-stream": _FILE,
-    "multipart/form-data": {"schema": {"type": "object", "required": ["image"], "properties": {"image": _FILE["schema"]}}}}}}
+_FORM = {"schema": {"type": "object", "required": ["image"], "properties": {"image": _FILE["schema"]}}}
+_BODY = {"requestBody": {"required": True, "description": "The picture, as it is or as the one file of a form",
+                         "content": {t: _FORM if t=="multipart/form-data" else _FILE for t in DECLARED}}}
 
 
 def _refusals(*statuses:int)->dict:
