@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MEDIA_TYPES', 'ENDINGS', 'WIDTHS', 'DecodeError', 'Limits', 'Content', 'broken', 'unsupported', 'several',
-           'directory', 'numbers', 'orientation_of', 'read_png', 'read_jpeg', 'read_webp', 'read_bmp']
+           'directory', 'numbers', 'orientation_of', 'read_png', 'read_jpeg', 'read_webp']
 
 # %% ../../nbs/04_core.formats.ipynb #b857cec2
 import io
@@ -106,7 +106,7 @@ def orientation_of(exif:bytes, # begins with II or MM
     except (KeyError, struct.error, DecodeError): return 1
     return o if 1<=o<=8 else 1
 
-# %% ../../nbs/04_core.formats.ipynb #ee0916aa
+# %% ../../nbs/04_core.formats.ipynb #1ce43910
 def _chunk(kind:bytes, body:bytes)->bytes: return struct.pack(">L", len(body))+kind+body+struct.pack(">L", zlib.crc32(kind+body))
 
 
@@ -116,11 +116,22 @@ def _png_chunks(data:bytes):
     while kind!=b"IEND":
         size, kind = struct.unpack_from(">L4s", data, at)
         body, n = data[at+8:at+8+size], n+1
-        if len(body)<size or n>100_000: raise broken("PNG", "it ends within a chunk" if n<=100_000 else "more than 100000 chunks")
+        if at+12+size>len(data) or n>100_000: raise broken("PNG", "it ends within a chunk" if n<=100_000 else "more than 100000 chunks")
         if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT") and zlib.crc32(kind+body)!=struct.unpack_from(">L", data, at+8+size)[0]:
             raise broken("PNG", f"wrong checksum of its {kind.decode()}")
         yield kind, body
         at += 12+size
+
+
+def _count_png(pixels:bytes, w:int, h:int, bits:int, colour:int, interlaced:int):
+    "Refuse compressed rows that do not fill `w` x `h` px."
+    row = lambda w, h: (1+-(-w*bits*{0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]//8))*h if w and h else 0
+    passes = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2)) if interlaced else ((0, 1, 0, 1),)
+    want, inflate = sum(row(-(-(w-x)//dx), -(-(h-y)//dy)) for x, dx, y, dy in passes), zlib.decompressobj()
+    for i in range(0, len(pixels), 4096): # a thousandfold of that is the most there can be in memory
+        try: want -= len(inflate.decompress(pixels[i:i+4096])) if want>0 else 0
+        except zlib.error: raise broken("PNG", "its pixels cannot be decompressed") from None
+    if want>0: raise broken("PNG", f"{want} bytes of its pixels do not come")
 
 
 def read_png(data:bytes, limits:Limits)->Content:
@@ -129,7 +140,7 @@ def read_png(data:bytes, limits:Limits)->Content:
     for i, (kind, body) in enumerate(_png_chunks(data)):
         if (i==0)!=(kind==b"IHDR"): raise broken("PNG", "its header is not the first chunk")
         if i==0:
-            w, h, bits, colour = struct.unpack_from(">LLBB", body)
+            w, h, bits, colour, *_, laced = struct.unpack_from(">LLBBBBB", body)
             limits.check(w, h)
         if kind==b"acTL" and not pixels and (n := struct.unpack_from(">L", body)[0])>1: raise several("PNG", f"is animated, with {n} frames")
         if kind==b"eXIf": turn = orientation_of(body)
@@ -139,7 +150,8 @@ def read_png(data:bytes, limits:Limits)->Content:
     if colour in (0, 2) and b"tRNS" in parts:
         key = struct.unpack_from(">H" if colour==0 else ">HHH", parts.pop(b"tRNS"))
         if colour==2 and bits==16: raise unsupported("PNG", "names a see-through colour of 16 bit", "an alpha channel, or 8 bit")
-    file = data[:8]+b"".join(_chunk(k, b) for k, b in parts.items())+_chunk(b"IDAT", b"".join(pixels))+_chunk(b"IEND", b"")
+    _count_png(pixels := b"".join(pixels), w, h, bits, colour, laced)
+    file = data[:8]+b"".join(_chunk(k, b) for k, b in parts.items())+_chunk(b"IDAT", pixels)+_chunk(b"IEND", b"")
     return Content("PNG", (w, h), lambda: PngImageFile(io.BytesIO(file)), turn, bits, key=key)
 
 # %% ../../nbs/04_core.formats.ipynb #d264cec2
@@ -191,13 +203,20 @@ def read_jpeg(data:bytes, limits:Limits)->Content:
     if len(file)-(end-start)>2**16: raise broken("JPEG", "more than 65536 bytes of tables")
     return Content("JPEG", size[:2], lambda: JpegImageFile(io.BytesIO(file)), turn or 1, inverted=size[2]==4 and not adobe, exact=False)
 
-# %% ../../nbs/04_core.formats.ipynb #1163a748
+# %% ../../nbs/04_core.formats.ipynb #7e9c74b3
 def _webp_size(kind:bytes, body:bytes)->tuple[int, int]:
     "Width and height in px, from the first chunk."
     if kind==b"VP8X": return 1+int.from_bytes(body[4:7], "little"), 1+int.from_bytes(body[7:10], "little")
     if kind==b"VP8L" and body[:1]==b"\x2f": return 1+(struct.unpack_from("<L", body, 1)[0]&0x3fff), 1+(struct.unpack_from("<L", body, 1)[0]>>14&0x3fff)
     if kind==b"VP8 " and body[3:6]==b"\x9d\1\x2a": return tuple(v&0x3fff for v in struct.unpack_from("<HH", body, 6))
     raise broken("WEBP", "it does not begin with a picture")
+
+
+def _open_webp(file:bytes)->Image.Image:
+    im = WebPImageFile(io.BytesIO(file))
+    im.load()
+    im.fp = im._decoder = None
+    return im
 
 
 def read_webp(data:bytes, limits:Limits)->Content:
@@ -217,57 +236,4 @@ def read_webp(data:bytes, limits:Limits)->Content:
     else: raise broken("WEBP", "more than 4096 chunks")
     if end>len(data) or not file: raise broken("WEBP", "it is shorter than it says")
     file = b"RIFF"+struct.pack("<L", 4+len(file))+b"WEBP"+file
-    return Content("WEBP", size, lambda: WebPImageFile(io.BytesIO(file)), turn, exact=exact)
-
-# %% ../../nbs/04_core.formats.ipynb #7d0e5c07
-def _bmp_head(data:bytes)->tuple:
-    "Width, height (negative: from the top), bits a pixel, compression, and where the palette begins, how long it is, and the bytes of an entry."
-    n, = struct.unpack_from("<L", data, 14)
-    if n==12:
-        w, h, _, bits = struct.unpack_from("<4H", data, 18)
-        return w, h, bits, 0, 26, 1<<min(bits, 8), 3
-    if n not in (40, 52, 56, 64, 108, 124): raise DecodeError("unknown_format", f"a BMP with a header of {n} bytes; allowed: {', '.join(FORMATS)}")
-    w, h, _, bits, packed, _, _, _, used = struct.unpack_from("<llHHLLllL", data, 18)
-    return w, h, bits, packed, 14+n, used or 1<<min(bits, 8), 4
-
-
-def _stretch(v:np.ndarray, mask:int)->np.ndarray: # uint8
-    "The bits of `v` under `mask`, stretched to 0..255, or cut to the upper eight."
-    v, n = (v&np.uint32(mask))>>np.uint32((mask&-mask).bit_length()-1), mask.bit_count()
-    return (v>>np.uint32(n-8)).astype(np.uint8) if n>=8 else ((v*255+((1<<n)-1)//2)//((1<<n)-1)).astype(np.uint8)
-
-
-def _bmp_masks(data:bytes, bits:int, packed:int)->list[int]: # red, green, blue and, if there is one, alpha
-    "Which bits of a pixel belong to which colour."
-    if not packed: return [0x7c00, 0x3e0, 0x1f] if bits==16 else [0xff0000, 0xff00, 0xff]
-    masks = list(struct.unpack_from("<4L", data, 54))
-    if data[14]<56 or not masks[3]: masks.pop() # older headers know no alpha
-    if any(not m or m>=1<<bits or m.bit_count()!=m.bit_length()-(m&-m).bit_length()+1 for m in masks):
-        raise unsupported("BMP", "scatters the bits of a colour", "bits that stand together")
-    return masks
-
-# %% ../../nbs/04_core.formats.ipynb #ca00f595
-def _bmp_image(data:bytes, w:int, h:int, rows:np.ndarray, bits:int, packed:int, palette:bytes)->Image.Image:
-    "Make an image of `rows`, top first; each is padded to 4 bytes."
-    if bits<=8:
-        index = rows if bits==8 else np.unpackbits(rows, 1) if bits==1 else np.stack([rows>>4, rows&15], 2).reshape(h, -1)
-        im = Image.fromarray(np.ascontiguousarray(index[:, :w]))
-        im.putpalette(palette.ljust(768, b"\0")) # turns it into mode P
-        return im
-    if bits==24: return Image.fromarray(np.ascontiguousarray(rows[:, :3*w].reshape(h, w, 3)[..., ::-1]))
-    v = np.ascontiguousarray(rows[:, :w*bits//8]).view(f"<u{bits//8}").astype(np.uint32)
-    return Image.fromarray(np.stack([_stretch(v, m) for m in _bmp_masks(data, bits, packed)], 2))
-
-
-def read_bmp(data:bytes, limits:Limits)->Content:
-    "Read a BMP."
-    w, h, bits, packed, at, used, entry = _bmp_head(data)
-    limits.check(w, abs(h))
-    if bits not in (1, 4, 8, 16, 24, 32) or packed not in ((0, 3) if bits in (16, 32) else (0,)):
-        raise unsupported("BMP", f"has {bits} bit a pixel and compression {packed}", "1, 4, 8, 16, 24 or 32 bit, not compressed")
-    start, stride = struct.unpack_from("<L", data, 10)[0], (w*bits+31)//32*4
-    if start+stride*abs(h)>len(data) or bits<=8 and (used>1<<bits or at+entry*used>len(data)): raise broken("BMP", "it ends too early")
-    palette = np.frombuffer(data, np.uint8, entry*used, at).reshape(used, entry)[:, 2::-1].tobytes() if bits<=8 else b""
-    if bits>8 and packed: _bmp_masks(data, bits, packed)
-    rows = np.frombuffer(data, np.uint8, stride*abs(h), start).reshape(abs(h), stride)[::-1 if h>0 else 1]
-    return Content("BMP", (w, abs(h)), lambda: _bmp_image(data, w, abs(h), rows, bits, packed, palette))
+    return Content("WEBP", size, lambda: _open_webp(file), turn, exact=exact)

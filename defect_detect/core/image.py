@@ -6,7 +6,7 @@
 __all__ = ['decode', 'decode_grey', 'decode_levels', 'InputSpec', 'Placement', 'place', 'letterbox', 'letterbox_mask',
            'normalise', 'restore']
 
-# %% ../../nbs/00_core.image.ipynb #93e1a6fc
+# %% ../../nbs/00_core.image.ipynb #9c8333e2
 import struct
 from typing import Literal
 
@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from .formats import FORMATS, Content, DecodeError, Limits, read_bmp, read_jpeg, read_png, read_webp, unsupported
+from .bmp import read_bmp
+from .formats import FORMATS, Content, DecodeError, Limits, read_jpeg, read_png, read_webp, unsupported
 from .tiff import read_tiff
 
 # %% ../../nbs/00_core.image.ipynb #6a340271
@@ -55,7 +56,7 @@ def _upright(data:bytes, limits:Limits)->tuple[Image.Image, Content]: # with the
     except (struct.error, IndexError) as e: raise DecodeError("broken", f"the {name} is damaged or cut short: it ends too early") from e
     except Exception as e: raise DecodeError("broken", f"the {name} is damaged or cut short: {type(e).__name__}") from e
 
-# %% ../../nbs/00_core.image.ipynb #b227753a
+# %% ../../nbs/00_core.image.ipynb #9cbddae3
 def _seen(im:Image.Image, c:Content)->Image.Image: # mode L or RGB
     "What a person would see: 8 bit, without alpha."
     if im.mode.startswith("I;16"): # numpy, because Pillow would clip at 255
@@ -65,7 +66,7 @@ def _seen(im:Image.Image, c:Content)->Image.Image: # mode L or RGB
     if im.mode in ("LA", "RGBA") or im.mode=="P" and "transparency" in im.info:
         im = im.convert("RGBA") if im.mode=="P" else im
         black = Image.new(im.mode[:-1], im.size)
-        black.paste(im.convert(im.mode[:-1]), mask=im.getchannel("A"))
+        black.paste(im.convert(im.mode[:-1]), mask=im)
         return black
     if c.key:
         v, key = np.asarray(im.convert("L") if im.mode=="1" else im), np.array([k*255//((1<<min(c.bits, 8))-1) for k in c.key])

@@ -5,14 +5,29 @@
 # %% auto #0
 __all__ = ['read_tiff']
 
-# %% ../../nbs/05_core.tiff.ipynb #00090aaf
+# %% ../../nbs/05_core.tiff.ipynb #a8ec155d
+import ctypes
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL.TiffImagePlugin import TiffImageFile
 
 from .formats import WIDTHS, Content, Limits, broken, directory, numbers, orientation_of, several, unsupported
+
+# %% ../../nbs/05_core.tiff.ipynb #56d679f6
+def _silence():
+    "Tell the loaded libtiff not to print."
+    for p in sorted([*Path(PIL.__path__[0]).parent.glob("pillow.libs/libtiff*"), *Path(PIL.__path__[0]).glob(".dylibs/libtiff*")]):
+        lib = ctypes.CDLL(str(p))
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            f = getattr(lib, name)
+            f.argtypes, f.restype = [ctypes.c_void_p], ctypes.c_void_p
+            f(None)
+
+_silence()
 
 # %% ../../nbs/05_core.tiff.ipynb #e739082b
 _SHAPE = {256: "width", 257: "height", 258: "bits", 259: "packed", 262: "colour", 266: "order", 277: "samples", 278: "rows", 284: "planes", 322: "tile_width",

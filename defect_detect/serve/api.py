@@ -184,7 +184,7 @@ def add_routes(app:FastAPI, service:Service):
     async def ready()->dict[str, str]:
         return {"status": "ready", "model": service.ready().tag}
 
-# %% ../../nbs/63_serve.api.ipynb #7b22d002
+# %% ../../nbs/63_serve.api.ipynb #2a2c9f4d
 def _server(app:FastAPI, stop_seconds:int)->uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(app, loop="asyncio", http="h11", ws="none", lifespan="on", log_config=None, access_log=False,
         server_header=False, proxy_headers=False, timeout_graceful_shutdown=stop_seconds))
@@ -193,6 +193,7 @@ def _server(app:FastAPI, stop_seconds:int)->uvicorn.Server:
 def _listen(host:str, port:int)->tuple[socket.socket, str]:
     "Take the port (0: a free one); returns the socket and its URL."
     s = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512)
+    s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) # else each answer on an open connection waits 40 ms for the client's acknowledgement
     return s, f"http://{f'[{host}]' if ':' in host else host}:{s.getsockname()[1]}"
 
 
