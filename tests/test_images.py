@@ -2,8 +2,10 @@
 import hashlib
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,6 +194,20 @@ def test_grey_and_levels():
     assert (decode_levels(hostile.tiff(twelve, 16, data=packed.tobytes(), more={258: 12})) == twelve).all() and (decode_grey(hostile.tiff(twelve, 16, data=packed.tobytes(), more={258: 12})) == deep>>8).all()
     for data in (hostile.jpeg(g), hostile.png(hostile.RGB, 8, 2), hostile.png(hostile.RGBA, 8, 6), hostile.tiff(hostile.RGBA, colour=5)):
         with pytest.raises(DecodeError): decode_levels(data)
+
+
+@pytest.mark.parametrize("error,code", [(MemoryError, "bad_size"), *((e, "broken") for e in (RecursionError, OverflowError, SyntaxError, SystemError, ImportError, struct.error, zlib.error, OSError, EOFError))])
+def test_only_decode_errors_leave(monkeypatch, error, code):
+    "Whatever a decoder raises, at any place."
+    def fails(*_): raise error("what a decoder says")
+    monkeypatch.setattr(image.Image.Image, "transpose", fails)
+    for f in (decode, decode_grey, decode_levels):
+        with pytest.raises(DecodeError) as e: f(hostile.png(extra=hostile.chunk(b"eXIf", hostile.exif(6))))
+        assert e.value.code == code
+    monkeypatch.undo()
+    monkeypatch.setattr(image.Image.Image, "convert", fails)
+    with pytest.raises(DecodeError) as e: decode(hostile.png())
+    assert e.value.code == code
 
 
 def test_every_limit_and_format_is_named_once():

@@ -6,8 +6,9 @@
 __all__ = ['decode', 'decode_grey', 'decode_levels', 'InputSpec', 'Placement', 'place', 'letterbox', 'letterbox_mask',
            'normalise', 'restore']
 
-# %% ../../nbs/00_core.image.ipynb #9c8333e2
+# %% ../../nbs/00_core.image.ipynb #3c0ec805
 import struct
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -15,11 +16,12 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from .bmp import read_bmp
-from .formats import FORMATS, Content, DecodeError, Limits, read_jpeg, read_png, read_webp, unsupported
+from .formats import FORMATS, Content, DecodeError, Limits, broken, read_jpeg, read_png, read_webp, unsupported
 from .tiff import read_tiff
 
-# %% ../../nbs/00_core.image.ipynb #6a340271
-_READERS = ((b"\xff\xd8\xff", read_jpeg), (b"\x89PNG\r\n\x1a\n", read_png), (b"II*\0", read_tiff), (b"MM\0*", read_tiff), (b"BM", read_bmp), (b"RIFF", read_webp))
+# %% ../../nbs/00_core.image.ipynb #3181e928
+_READERS = ((b"\xff\xd8\xff", "JPEG", read_jpeg), (b"\x89PNG\r\n\x1a\n", "PNG", read_png), (b"II*\0", "TIFF", read_tiff), (b"MM\0*", "TIFF", read_tiff),
+            (b"BM", "BMP", read_bmp), (b"RIFF", "WEBP", read_webp))
 _FOREIGN = {b"GIF8": "a GIF", b"%PDF": "a PDF", b"%!PS": "PostScript", b"II+\0": "a BigTIFF", b"MM\0+": "a BigTIFF", b"PK\3\4": "a ZIP archive",
             b"\0\0\0\x0cjP": "a JPEG 2000", b"<svg": "an SVG", b"<?xm": "XML"}
 
@@ -29,32 +31,37 @@ def _content(data:bytes, limits:Limits)->Content:
     if not data: raise DecodeError("empty", "the picture has 0 bytes")
     if len(data)>limits.max_bytes:
         raise DecodeError("too_many_bytes", f"the picture has {len(data)} bytes; at most {limits.max_bytes} are allowed")
-    read = next((r for magic, r in _READERS if data.startswith(magic) and (magic!=b"RIFF" or data[8:12]==b"WEBP")), None)
+    read = next((r for magic, _, r in _READERS if data.startswith(magic) and (magic!=b"RIFF" or data[8:12]==b"WEBP")), None)
     if read is None:
         what = next((v for k, v in _FOREIGN.items() if data.startswith(k)), f"what begins with the bytes {data[:4].hex(' ')}")
         if data[4:8]==b"ftyp": what = "a HEIC, AVIF or film"
         raise DecodeError("unknown_format", f"{what} is not a picture of an allowed format; allowed: {', '.join(FORMATS)}")
     return read(bytes(data), limits)
 
-# %% ../../nbs/00_core.image.ipynb #52833926
+# %% ../../nbs/00_core.image.ipynb #5621b5d3
 _TURN = {2: (0,), 3: (3,), 4: (1,), 5: (5,), 6: (4,), 7: (6,), 8: (2,)} # EXIF orientation -> Pillow's Transpose
+
+
+@contextmanager
+def _guarded(data:bytes):
+    "Let nothing but `DecodeError` out of a `with` block."
+    name = next((n for magic, n, _ in _READERS if data.startswith(magic)), "picture")
+    try: yield
+    except DecodeError: raise
+    except MemoryError as e: raise DecodeError("bad_size", f"there is no memory for a {name} of {len(data)} bytes; a smaller one is allowed") from e
+    except (struct.error, IndexError) as e: raise broken(name, "it ends too early") from e
+    except Exception as e: raise broken(name, type(e).__name__) from e
 
 
 def _upright(data:bytes, limits:Limits)->tuple[Image.Image, Content]: # with the stored numbers, except that `inverted` has been seen to
     "Decode the pixels of `data` and turn them."
-    name = "picture"
-    try:
-        c = _content(data, limits)
-        name, im = c.format, c.open()
-        if im.size!=c.size: raise DecodeError("broken", f"the {name} is damaged: {c.size[0]}x{c.size[1]} px are announced, {im.size[0]}x{im.size[1]} px come")
-        im.load()
-        if c.inverted: im = Image.fromarray((2**c.bits-1-np.asarray(im)).astype(np.uint16)) if c.bits==16 else im.point(lambda v: 255-v)
-        for t in _TURN.get(c.orientation, ()): im = im.transpose(Image.Transpose(t))
-        return im, c
-    except DecodeError: raise
-    except MemoryError as e: raise DecodeError("bad_size", f"there is no memory for a {name} of {len(data)} bytes; a smaller one is allowed") from e
-    except (struct.error, IndexError) as e: raise DecodeError("broken", f"the {name} is damaged or cut short: it ends too early") from e
-    except Exception as e: raise DecodeError("broken", f"the {name} is damaged or cut short: {type(e).__name__}") from e
+    c = _content(data, limits)
+    im = c.open()
+    if im.size!=c.size: raise broken(c.format, f"{c.size[0]}x{c.size[1]} px are announced, {im.size[0]}x{im.size[1]} px come")
+    im.load()
+    if c.inverted: im = Image.fromarray(65535-np.asarray(im).astype(np.uint16)) if c.bits==16 else im.point(lambda v: 255-v)
+    for t in _TURN.get(c.orientation, ()): im = im.transpose(Image.Transpose(t))
+    return im, c
 
 # %% ../../nbs/00_core.image.ipynb #9cbddae3
 def _seen(im:Image.Image, c:Content)->Image.Image: # mode L or RGB
@@ -73,26 +80,23 @@ def _seen(im:Image.Image, c:Content)->Image.Image: # mode L or RGB
         return Image.fromarray(v*(v!=key[0] if v.ndim==2 else (v!=key).any(-1, keepdims=True)))
     return im.convert("L" if im.mode in ("1", "L") else "RGB")
 
-# %% ../../nbs/00_core.image.ipynb #d3c8a6e1
+# %% ../../nbs/00_core.image.ipynb #03d2a0bb
 def decode(data:bytes, # a whole file of one of `FORMATS`
            limits:Limits=Limits(), # checked before pixels are decoded
 )->np.ndarray: # (h,w,3) uint8 RGB, upright; grey is repeated over the channels
     "Decode the picture in `data`, or raise `DecodeError`."
-    return np.asarray(_seen(*_upright(data, limits)).convert("RGB"))
+    with _guarded(data): return np.asarray(_seen(*_upright(data, limits)).convert("RGB"))
 
 
 def decode_grey(data:bytes, # a whole file of one of `FORMATS`
                 limits:Limits=Limits(), # checked before pixels are decoded
 )->np.ndarray: # (h,w) uint8, upright: 0 is black, 255 is white
     "Decode `data` to how bright it looks: for masks that mark defects in white."
-    return np.asarray(_seen(*_upright(data, limits)).convert("L"))
+    with _guarded(data): return np.asarray(_seen(*_upright(data, limits)).convert("L"))
 
-# %% ../../nbs/00_core.image.ipynb #85b5de7a
-def decode_levels(data:bytes, # a whole file of one of `FORMATS`
-                  limits:Limits=Limits(), # checked before pixels are decoded
-)->np.ndarray: # (h,w) uint8 or, from 16 bit, uint16; upright
-    "Decode `data` to the stored number of each pixel, a palette's to its index: for masks whose values are classes."
-    im, c = _upright(data, limits)
+# %% ../../nbs/00_core.image.ipynb #f26c5a84
+def _levels(im:Image.Image, c:Content)->np.ndarray: # (h,w)
+    "The stored numbers of `im`, one a pixel."
     deep = im.mode.startswith("I;16")
     if not c.exact or im.mode=="CMYK": raise unsupported(c.format, "mixes the classes of a mask by its compression or colours", "PNG, TIFF, BMP or WEBP without loss")
     if im.mode in ("LA", "RGBA") and im.getchannel("A").getextrema()[0]<255: raise unsupported(c.format, "is a mask that is see-through in places", "opaque masks")
@@ -102,6 +106,13 @@ def decode_levels(data:bytes, # a whole file of one of `FORMATS`
             raise unsupported(c.format, "is a mask in colours" if c.bits<=8 else "is a mask of several samples of 16 bit", "one number a pixel: grey or palette")
         v = v[..., 0]
     return v//(255//((1<<c.bits)-1)) if im.mode=="L" and c.bits<8 else v
+
+
+def decode_levels(data:bytes, # a whole file of one of `FORMATS`
+                  limits:Limits=Limits(), # checked before pixels are decoded
+)->np.ndarray: # (h,w) uint8 or, from 16 bit, uint16; upright
+    "Decode `data` to the stored number of each pixel, a palette's to its index: for masks whose values are classes."
+    with _guarded(data): return _levels(*_upright(data, limits))
 
 # %% ../../nbs/00_core.image.ipynb #f62748d2
 class InputSpec(BaseModel):
