@@ -62,7 +62,7 @@ def read_problem(r:httpx.Response # with an error status
     except (ValueError, KeyError, TypeError):
         return ServiceError(r.status_code, "about:blank", r.text[:200] or r.reason_phrase)
 
-# %% ../nbs/91_client.ipynb #f4bf978e
+# %% ../nbs/91_client.ipynb #e26ac8cb
 class Client:
     "Talk to one service; use it in a `with` block, or `close` it."
     def __init__(self,
@@ -92,7 +92,7 @@ class Client:
         except ValueError as e: raise ServiceError(r.status_code, "about:blank", "the answer is not JSON: is this a defect_detect service?") from e
 
     def predict(self,
-        picture:str|Path|bytes, # a file, or its content: JPEG or PNG
+        picture:str|Path|bytes, # a file, or its content: JPEG, PNG, TIFF, BMP or WebP
         mask:bool=False, # ask for the mask, too
     )->Answer:
         "Find defects in `picture`."

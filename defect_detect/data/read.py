@@ -8,7 +8,6 @@ __all__ = ['LAYOUTS', 'COLUMNS', 'SPLITS', 'Layout', 'recognise', 'open_data', '
 
 # %% ../../nbs/10_data.read.ipynb #048d7a98
 import hashlib
-import io
 import os
 import re
 import tempfile
@@ -21,12 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from ..core.image import FORMATS, DecodeError, decode
+from ..core.formats import ENDINGS
+from ..core.image import DecodeError, decode, decode_grey, decode_levels
 from .archive import keep_unpacked, unpack
 from .coco import class_map, coco_entries, coco_files, picture_of, read_coco
-from .layouts import ENDINGS, DataError, Entry, folder_entries, is_junk, kind_name, list_files, magnetic_entries, mvtec_entries, read_rows, table_entries, tables
+from .layouts import DataError, Entry, folder_entries, is_junk, kind_name, list_files, magnetic_entries, mvtec_entries, read_rows, table_entries, tables
 
 # %% ../../nbs/10_data.read.ipynb #e8aed6b6
 class Layout(NamedTuple):
@@ -99,17 +98,10 @@ def read_classes(root:str|Path)->dict[int, str]: # value in the masks -> kind, w
 
 def _values(data, row, as_map):
     "Values of a mask file as they are stored, or (for a binary one) whether they are above 127."
-    size = (row.width, row.height)
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as im:
-            if im.size!=size: raise DataError(f"{row.mask} is {im.width}x{im.height} px, its picture {size[0]}x{size[1]}")
-            if getattr(im, "n_frames", 1)>1: raise DataError(f"{row.mask} has {im.n_frames} pages; one is allowed")
-            if as_map and (im.mode not in ("1", "L", "P", "I;16", "I;16B", "I;16L") or im.format=="JPEG"): raise DataError(f"{row.mask} is {im.format} {im.mode}; a map of classes is grey or palette, and never JPEG")
-            if as_map or im.mode.startswith("I;16"): a = np.asarray(im).astype(np.uint16)
-            else: a = np.asarray(im.convert("L"))
-            return a if as_map else a>(32767 if im.mode.startswith("I;16") else 127)
-    except DataError: raise
-    except Exception as e: raise DataError(f"{row.mask} cannot be read as a mask: {type(e).__name__}") from e
+    try: a = decode_levels(data) if as_map else decode_grey(data)
+    except DecodeError as e: raise DataError(f"{row.mask} cannot be read as a mask: {e}") from e
+    if a.shape!=(row.height, row.width): raise DataError(f"{row.mask} is {a.shape[1]}x{a.shape[0]} px, its picture {row.width}x{row.height}")
+    return a if as_map else a>127
 
 
 def _from_file(root, row):

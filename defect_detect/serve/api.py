@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'Line', 'Service', 'create_app', 'add_routes', 'background', 'serve']
 
-# %% ../../nbs/63_serve.api.ipynb #346eaf10
+# %% ../../nbs/63_serve.api.ipynb #dbbe9d2e
 import asyncio
 import logging
 import signal
@@ -30,7 +30,7 @@ from .. import __version__
 from ..core.bundle import BundleError
 from ..core.image import DecodeError, Limits, decode
 from ..core.predictor import Predictor
-from .body import picture_of, read_body
+from .body import DECLARED, picture_of, read_body
 from .envelope import Envelope, JsonLines, refuse
 from .messages import PROBLEMS, Answer, ModelCard, Problem, ProblemError, Timing, answer_of, card_of
 
@@ -111,11 +111,11 @@ class Service:
         spent = [round(1000*(b-a), 3) for a, b in zip(t, t[1:])]
         return answer_of(prediction, p.bundle, request_id, Timing(**dict(zip(Timing.model_fields, spent))), mask, s.max_regions)
 
-# %% ../../nbs/63_serve.api.ipynb #6e131ca0
+# %% ../../nbs/63_serve.api.ipynb #d7cfc000
 _FILE = {"schema": {"type": "string", "format": "binary"}}
-_BODY = {"requestBody": {"required": True, "description": "The picture, as it is or as the one file of a form", "content": {
-    "image/jpeg": _FILE, "image/png": _FILE, "application/octet-stream": _FILE,
-    "multipart/form-data": {"schema": {"type": "object", "required": ["image"], "properties": {"image": _FILE["schema"]}}}}}}
+_FORM = {"schema": {"type": "object", "required": ["image"], "properties": {"image": _FILE["schema"]}}}
+_BODY = {"requestBody": {"required": True, "description": "The picture, as it is or as the one file of a form",
+                         "content": {t: _FORM if t=="multipart/form-data" else _FILE for t in DECLARED}}}
 
 
 def _refusals(*statuses:int)->dict:
@@ -184,7 +184,7 @@ def add_routes(app:FastAPI, service:Service):
     async def ready()->dict[str, str]:
         return {"status": "ready", "model": service.ready().tag}
 
-# %% ../../nbs/63_serve.api.ipynb #7b22d002
+# %% ../../nbs/63_serve.api.ipynb #2a2c9f4d
 def _server(app:FastAPI, stop_seconds:int)->uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(app, loop="asyncio", http="h11", ws="none", lifespan="on", log_config=None, access_log=False,
         server_header=False, proxy_headers=False, timeout_graceful_shutdown=stop_seconds))
@@ -193,6 +193,7 @@ def _server(app:FastAPI, stop_seconds:int)->uvicorn.Server:
 def _listen(host:str, port:int)->tuple[socket.socket, str]:
     "Take the port (0: a free one); returns the socket and its URL."
     s = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512)
+    s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) # else each answer on an open connection waits 40 ms for the client's acknowledgement
     return s, f"http://{f'[{host}]' if ':' in host else host}:{s.getsockname()[1]}"
 
 
