@@ -13,7 +13,7 @@ export DVC_NO_ANALYTICS = 1
 export ORT_DISABLE_TELEMETRY = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := help
-.PHONY: help run install test prepare serve lab lock clean
+.PHONY: help run install test prepare hooks serve lab lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -38,6 +38,10 @@ test: install ## every test, with counts
 
 prepare: install ## before a commit: clean, export, README, tests of what changed
 	@$(BIN)/python tools/prepare.py
+
+hooks: install ## once in a clone: check on commit, merge notebooks cell by cell
+	@git config --local include.path ../.gitconfig
+	@echo "commits check the notebooks; merges go cell by cell; the library is exported after a merge"
 
 serve: install ## serve the bundle of runs/NAME on PORT
 	@$(BIN)/defect-detect serve runs/$(NAME)/export/bundle --port $(PORT)

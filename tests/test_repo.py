@@ -141,3 +141,73 @@ def test_every_pin_has_a_hash():
     for f in ("lock.txt", "docker/serve.lock"):
         b = blocks((ROOT/f).read_text())
         assert len(b)>10 and all("--hash=sha256:" in v for v in b.values())
+
+
+def git(where, *words, check=True):
+    env = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@example.org", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@example.org"}
+    env = {k: v for k, v in env.items() if k not in ("IN_TEST", "CI")}
+    r = subprocess.run(["git", *words], cwd=where, env=env, capture_output=True, text=True, timeout=120)
+    assert not check or r.returncode==0, r.stdout+r.stderr
+    return r
+
+
+@pytest.fixture
+def clone(copy):
+    "The project as a repository with `make hooks` done, and a colleague's branch."
+    for f in (".gitattributes", ".gitconfig", ".gitignore"): shutil.copy(ROOT/f, copy)
+    (copy/".venv/bin").mkdir(parents=True)
+    for tool in ("python", "nbdev_merge", "nbdev_export", "nbdev_clean"): # the environment of this test, under the name that the hooks use
+        (copy/".venv/bin"/tool).write_text(f"#!/bin/sh\nPYTHONPATH={copy} exec {Path(sys.executable).with_name(tool)} \"$@\"\n")
+        (copy/".venv/bin"/tool).chmod(0o755)
+    git(copy, "init", "-q", "-b", "main")
+    git(copy, "config", "--local", "include.path", "../.gitconfig")
+    git(copy, "add", "-A")
+    git(copy, "commit", "-qm", "first")
+    git(copy, "branch", "colleague")
+    return copy
+
+
+def change(where, n, text, export=True):
+    "Add `text` to the n-th export cell of a notebook, export, commit."
+    nb = where/"nbs/07_core.files.ipynb"
+    edit(nb, lambda cells: [c for c in cells if c.source.startswith("#| export")][n].update(source=[c for c in cells if c.source.startswith("#| export")][n].source+text))
+    if export: subprocess.run([where/".venv/bin/nbdev_export"], cwd=where, check=True, env={k: v for k, v in os.environ.items() if k!="IN_TEST"})
+    return git(where, "commit", "-qam", "change", check=export)
+
+
+def test_the_commit_hook(clone):
+    r = change(clone, 1, "\n# not exported", export=False)
+    assert r.returncode and "make prepare" in r.stdout+r.stderr and git(clone, "log", "--oneline").stdout.count("\n")==1
+
+
+def test_two_change_different_cells(clone):
+    change(clone, 1, "\n# mine")
+    git(clone, "switch", "-q", "colleague")
+    change(clone, 2, "\n# theirs")
+    git(clone, "switch", "-q", "main")
+    git(clone, "merge", "-q", "--no-edit", "colleague")
+    text = (clone/"defect_detect/core/files.py").read_text()
+    assert "# mine" in text and "# theirs" in text and "<<<<" not in text # exported by the hook
+    git(clone, "commit", "-qam", "the library follows") if git(clone, "status", "--porcelain", "-uno").stdout else None
+    assert check(clone, "drift")[0]==0
+
+
+def test_two_change_one_cell(clone):
+    "The path that README describes."
+    change(clone, 1, "\n# mine")
+    git(clone, "switch", "-q", "colleague")
+    change(clone, 1, "\n# theirs")
+    git(clone, "switch", "-q", "main")
+    assert git(clone, "merge", "--no-edit", "colleague", check=False).returncode
+    nb = nbformat.read(clone/"nbs/07_core.files.ipynb", 4) # it still opens
+    nbformat.validate(nb)
+    marks = [c for c in nb.cells if any(m in c.source for m in ("<<<<<<<", "=======", ">>>>>>>"))]
+    both = [c for c in nb.cells if c.source.endswith(("# mine", "# theirs"))]
+    assert len(both)==2 and len(marks)>=2
+    nb.cells = [c for c in nb.cells if c not in marks and not c.source.endswith("# theirs")]
+    nbformat.write(nb, clone/"nbs/07_core.files.ipynb")
+    for tool in ("nbdev_clean", "nbdev_export"): subprocess.run([clone/".venv/bin"/tool], cwd=clone, check=True, env={k: v for k, v in os.environ.items() if k!="IN_TEST"})
+    git(clone, "add", "-A")
+    git(clone, "commit", "-qm", "merged")
+    text = (clone/"defect_detect/core/files.py").read_text()
+    assert "# mine" in text and "# theirs" not in text and check(clone, "drift")[0]==0
