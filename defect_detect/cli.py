@@ -266,8 +266,9 @@ def run_pipeline(name:Annotated[str, typer.Argument(help="of the run; it works i
     root = Path.cwd()
     if not (root/"dvc.yaml").is_file(): raise FileNotFoundError(2, "no such file; this command works in the project's folder", "dvc.yaml")
     params = run_params(root, data is None, parse_changes(root, _words(param)))
+    pictures = _picture_set(root, data.expanduser()) if data else _demo_set(root) # make does not expand ~ in DATA=~/pictures
     with hold(name, root), _Screen(sys.stderr if json_ else sys.stdout) as say:
-        folder = make_run(name, _picture_set(root, data.expanduser()) if data else _demo_set(root), params, root) # make does not expand ~ in DATA=~/pictures
+        folder = make_run(name, pictures, params, root)
         (folder/"index.html").unlink(missing_ok=True) # a page about other results must not be taken for one about these
         took = repro(folder, force, say)
         write_page(folder, took)
