@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -165,7 +166,8 @@ class RunError(RuntimeError):
 
 
 _LINE = dict(ran=re.compile(r"Running stage '(\w+)'"), unchanged=re.compile(r"Stage '(\w+)' didn't change"), cached=re.compile(r"Stage '(\w+)' is cached"))
-_NOISE = re.compile(r"^(> |Updating lock file|To track the changes|Use `dvc push`|Data and pipelines are up to date|ERROR: failed to reproduce|ERROR: failed to reproduce '\w+': failed to run|Verifying data|Generating lock file|WARNING: '.*__init__\.py' is empty|\s*$)|git add")
+_FAILED = re.compile(r"ERROR: failed to reproduce '(\w+)': (?:failed to run: .*, exited with (-?\d+)$)?(.*)")
+_NOISE = re.compile(r"^(> |Updating lock file|To track the changes|Use `dvc push`|Data and pipelines are up to date|ERROR: failed to reproduce|Verifying data|Generating lock file|WARNING: '.*__init__\.py' is empty|\s*$)|git add")
 
 
 _DVC = "import sys; from defect_detect.run.notebook import die_with_parent; die_with_parent(); from dvc.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -185,10 +187,16 @@ def _mind_disk(p, folder):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _why(tail, run, full):
-    said = next((s for s in reversed(tail) if s.startswith("error: ")), tail[-1] if tail else "")
+def _ended(code): return f"was killed by {signal.Signals(-code).name}, most often because memory ran out" if code<0 else f"ended with code {code} and said nothing"
+
+
+def _why(tail, run, full, failed, code):
+    "One line: what the stage said, else what DVC said of it, else how it ended."
+    said = next((s for s in reversed(tail) if s.startswith("error: ")), "")
+    if not said and failed: said = f"stage {failed[1]}: {failed[3] or 'it '+_ended(int(failed[2]))}"
+    said = said or (tail[-1] if tail and code>0 else f"dvc {_ended(code)}")
     if full and "space" not in said.lower(): return f"{os.path.relpath(run)}: no space left on device"
-    return re.sub("^(error|ERROR): ", "", said or "dvc failed without a word").replace("; see notebooks/", f"; see {os.path.relpath(run)}/notebooks/")
+    return re.sub("^(error|ERROR): ", "", said).replace("; see notebooks/", f"; see {os.path.relpath(run)}/notebooks/")
 
 
 def repro(run:str|Path, # from `make_run`
@@ -197,12 +205,13 @@ def repro(run:str|Path, # from `make_run`
 )->dict[str, tuple[str, float]]: # stage -> ('ran' | 'unchanged' | 'cached', seconds)
     "Run the stages of `run` that have to; raise `RunError` when one fails."
     run = Path(run)
-    n, done, last, tail, t0 = len(yaml.safe_load((run/"dvc.yaml").read_text())["stages"]), {}, None, [], time.monotonic()
+    n, done, last, tail, failed, t0 = len(yaml.safe_load((run/"dvc.yaml").read_text())["stages"]), {}, None, [], None, time.monotonic()
     env = {**os.environ, **QUIET, OWNER: str(os.getpid()), "PYTHONUNBUFFERED": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with hold(run.name, run.parents[1]), subprocess.Popen([sys.executable, "-c", _DVC, "repro", *(["--force"] if force else [])], cwd=run, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
         _mind_disk(p, run)
         try:
             for line in map(str.rstrip, p.stdout):
+                failed = _FAILED.match(line) or failed
                 hit = next(((k, m[1]) for k, r in _LINE.items() if (m := r.search(line))), None)
                 if hit:
                     if last: done[last] = (done[last][0], time.monotonic()-t0)
@@ -220,5 +229,5 @@ def repro(run:str|Path, # from `make_run`
         full = _full(run)
         if any("space" in s.lower() for s in tail) or full: # DVC leaves the halves of files that did not fit
             for half in (run.parent/".cache").rglob(".*.tmp"): half.unlink(missing_ok=True)
-        raise RunError(_why(tail, run, full))
+        raise RunError(_why(tail, run, full, failed, p.returncode))
     return done
