@@ -8,7 +8,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here/"settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {k: cfg[f"{k}_requirements"].split() for k in ("serve", "learn", "dev")}
+extras = {k: cfg[f"{k}_requirements"].split() for k in ("serve", "openvino", "learn", "dev")}
 readme = here/"README.md"
 
 setup(

@@ -59,7 +59,7 @@ def main(*words:str):
     "`[--cpu] [INDEX]`; with --cpu only lock-cpu.txt, for which the standard library is enough."
     only, index = "--cpu" in words, next((w for w in words if not w.startswith("-")), "")
     if not only:
-        compile_lock("lock.txt", "serve", "learn", "dev")
+        compile_lock("lock.txt", "serve", "openvino", "learn", "dev")
         compile_lock("docker/serve.lock", "serve")
     if index: write_cpu(index)
     elif only: raise SystemExit("error: TORCH=cpu needs INDEX=<url>: the package index that has the CPU builds of torch")

@@ -6,7 +6,9 @@
 __all__ = ['app', 'data_group', 'run_group', 'bundle_group', 'Json', 'one_line', 'main', 'load', 'table', 'bar', 'call']
 
 # %% ../../nbs/90_cli.base.ipynb #291d38ad
+import importlib
 import io
+import pkgutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -73,8 +75,9 @@ bundle_group = typer.Typer(help="Bundles: the folders that ship.", **_plain)
 
 
 def load():
-    "Import the modules that hold the commands; each adds its own to a group."
-    from defect_detect.cli import bundle, data, run # noqa: F401
+    "Import the modules of this package; each adds its commands to a group."
+    import defect_detect.cli as here
+    for m in pkgutil.iter_modules(here.__path__): importlib.import_module(f"{here.__name__}.{m.name}")
 
 
 for _name, _group in (("data", data_group), ("run", run_group), ("bundle", bundle_group)): app.add_typer(_group, name=_name)
