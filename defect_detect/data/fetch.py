@@ -109,7 +109,7 @@ def _strong(r)->str:
     tag = r.headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else r.headers.get("Last-Modified", "")
 
-# %% ../../nbs/1a_data.fetch.ipynb #fedf7a67
+# %% ../../nbs/1a_data.fetch.ipynb #3b2d97ec
 class _Part:
     "What has come so far of one address: a file, and a note beside it."
     def __init__(self, path:Path, u:httpx.URL):
@@ -140,6 +140,11 @@ def _length(r):
     return int(n) if n.isdecimal() else None
 
 
+def _too_large(part, u, n, most):
+    part.begin("", None)
+    return DataError(f"{_short(u)} has {n} bytes; at most {most} are allowed")
+
+
 def _pull(http:httpx.Client, u:httpx.URL, part:_Part, most:int, say:Callable[[int, int|None], None]):
     "One try to get the rest of `part`."
     have = part.size() if part.same else 0
@@ -153,12 +158,12 @@ def _pull(http:httpx.Client, u:httpx.URL, part:_Part, most:int, say:Callable[[in
             raise _Passing(f"{_short(u)}: the file on the server is another one by now")
         if r.status_code==200: part.begin(_strong(r), _length(r))
         elif m[2]!="*": part.total = int(m[2])
-        if (part.total or 0)>most: raise DataError(f"{_short(u)} has {part.total} bytes; at most {most} are allowed")
+        if (part.total or 0)>most: raise _too_large(part, u, part.total, most)
         with open(part.path, "ab") as f:
             done = f.tell()
             for chunk in r.iter_raw():
                 done += len(chunk)
-                if done>most: raise DataError(f"{_short(u)} has more than {most} bytes; that many are allowed")
+                if done>most: raise _too_large(part, u, "more", most)
                 f.write(chunk)
                 say(done, part.total)
     finally: r.close()
