@@ -43,7 +43,7 @@ def data_list(folder:_Pictures, json_:Json=False):
     sizes = lambda g: f"{g.width.min()}..{g.width.max()} x {g.height.min()}..{g.height.max()}"
     table([(k, len(g), (g["mask"]!="").sum(), sizes(g)) for k, g in t.groupby("label")], ("label", "pictures", "masks", "px"))
     if "kinds" in t: print(f"{t.kinds.str.contains(';').sum()} pictures show several kinds")
-    if "given" in t: print(f"{(t.given!='').sum()} pictures corrected by overrides.csv")
+    if "given" in t: print(f"{(t.given!='').sum()} pictures whose label or mask somebody corrected")
     if len(out): print(f"{len(out)} names in quarantine.csv, whose pictures are not read")
 
 # %% ../../nbs/91_cli.data.ipynb #260f6a07
