@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from .read import DataError, read_table
