@@ -143,12 +143,13 @@ def folds_by_group(table:pd.DataFrame, # with `image`, `group` and `label`
 
 # %% ../../nbs/12_data.split.ipynb #348e9828
 def ledger(table:pd.DataFrame, # with `image`, `group` and a column `side`
-           kept:Mapping[str, Hashable]|None=None, # image -> the side it was on
+           kept:pd.DataFrame|None=None, # an older ledger
            side:str="split", # or fold
 )->pd.DataFrame: # image, group, side; sorted by image
     "The sides of `table`, and of what it no longer holds."
-    gone = pd.DataFrame([(i, "", s) for i, s in (kept or {}).items() if i not in set(table.image)], columns=["image", "group", side])
-    return pd.concat([table[["image", "group", side]], gone]).sort_values("image", ignore_index=True)
+    rows = [table[["image", "group", side]]]
+    if kept is not None: rows.append(kept.loc[~kept.image.isin(table.image) & (kept[side].astype(str)!=""), ["image", "group", side]])
+    return pd.concat(rows).sort_values("image", ignore_index=True)
 
 # %% ../../nbs/12_data.split.ipynb #4299e1ff
 def refuse_thin(table:pd.DataFrame, # with `label`, `group` and `split`
