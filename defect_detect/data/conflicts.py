@@ -6,10 +6,10 @@
 __all__ = ['REVIEW', 'overlap', 'refine', 'mask_agreement', 'agreement_by_kind', 'find_conflicts', 'write_review', 'read_review',
            'apply_review']
 
-# %% ../../nbs/1d_data.conflicts.ipynb #6d9ed002
+# %% ../../nbs/1d_data.conflicts.ipynb #fda6f198
 import csv
 import io
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -152,6 +152,8 @@ def read_review(root:str|Path, # the data folder
 )->tuple[dict[str, list[dict]], list[str], int]: # list -> rows to add; what is wrong, one line each; decisions left open
     "Read what a person decided; nothing is written."
     if not Path(path).is_file(): raise DataError(f"no review list at {path}; `defect-detect data conflicts` writes one")
+    if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
+    if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
     t, out, wrong, seen, still = read_data(root), {"overrides": [], "quarantine": []}, [], set(), 0
     kinds = sorted({*t.label, *(k for s in t.get("kinds", ()) for k in str(s).split(";") if k), "good"})
     label, files = dict(zip(t.image, t.label)), list_files(root)
