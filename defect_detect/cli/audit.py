@@ -108,7 +108,7 @@ def data_split(folder:_Pictures,
 # %% ../../nbs/94_cli.audit.ipynb #965ab8aa
 def _pictures(split, data):
     "Where the pictures of a split are, and their table without groups."
-    from defect_detect.data.layouts import LISTS, list_files
+    from defect_detect.data.layouts import list_files
     from defect_detect.data.leaks import plain_table
     from defect_detect.data.read import LAYOUTS, read_data
     root = data or (split if split.is_dir() else split.parent)

@@ -24,6 +24,7 @@ from ..core.draw import PREDICTED, TRUTH, outline, thumbnail
 from ..core.files import write_whole
 from ..core.predictor import Predictor
 from ..data.read import DataError, load_image, load_marks, load_mask
+from ..data.split import LEAKY, is_leaky
 
 # %% ../../nbs/32_judge.pictures.ipynb #38849a8b
 class Sheet(Figure):
@@ -107,16 +108,17 @@ def save_sheet(f:Sheet, path:str|Path)->Path: # `path`
 # %% ../../nbs/32_judge.pictures.ipynb #b75817e3
 def plot_losses(a:Axes, history:pd.DataFrame): # one row an epoch
     for c in ("train_loss", "valid_loss"): a.plot(history.epoch, history[c], label=c.replace("_", " "))
-    _finish(a, xlabel="epoch", ylabel="loss")
+    _finish(a, history, xlabel="epoch", ylabel="loss")
 
 
 def plot_validation(a:Axes, history:pd.DataFrame):
     for c in ("defect_iou", "picture_auroc"): a.plot(history.epoch, history[c], label=c.replace("_", " "))
-    _finish(a, xlabel="epoch", ylabel="on the validation part", ylim=(0, 1))
+    _finish(a, history, xlabel="epoch", ylabel="on the validation part", ylim=(0, 1))
 
 
-def _finish(a, **labels):
+def _finish(a, rows, **labels):
     a.set(**labels)
+    if is_leaky(rows): a.set_title(LEAKY, fontsize=8, color="#c8202c", loc="right")
     a.legend(frameon=False, fontsize=8)
     a.grid(alpha=.3)
 
@@ -132,7 +134,7 @@ def plot_scores(a:Axes, rows:pd.DataFrame, threshold:float): # from `score_pictu
     good, bad = rows.score[~rows.bad].to_numpy(), rows.score[rows.bad].to_numpy()
     a.hist([good, bad], bins=np.linspace(0, 1, 26), label=["good", "defective"], color=["#4c9f70", "#d1495b"])
     a.axvline(threshold, color="k", ls="--", lw=1)
-    _finish(a, xlabel="picture score", ylabel="pictures")
+    _finish(a, rows, xlabel="picture score", ylabel="pictures")
 
 
 def plot_risk(a:Axes, rows:pd.DataFrame, threshold:float):
@@ -140,7 +142,7 @@ def plot_risk(a:Axes, rows:pd.DataFrame, threshold:float):
     t = np.r_[-np.inf, np.sort(rows.score.unique()), np.inf]
     a.step([np.mean(bad<v) for v in t], [np.mean(good>=v) for v in t], where="post", color="#30638e")
     a.plot(np.mean(bad<threshold), np.mean(good>=threshold), "ko", ms=5, label="operating point")
-    _finish(a, xlabel="escape (defective called good)", ylabel="overkill (good called defective)", xlim=(-.02, 1), ylim=(-.02, 1.02))
+    _finish(a, rows, xlabel="escape (defective called good)", ylabel="overkill (good called defective)", xlim=(-.02, 1), ylim=(-.02, 1.02))
 
 
 def show_scores(rows:pd.DataFrame, threshold:float)->Sheet:
