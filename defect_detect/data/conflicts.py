@@ -38,7 +38,7 @@ def refine(a:np.ndarray, b:np.ndarray, # (h,w) float32 texture of the full pictu
 )->tuple[int, int]: # dy, dx
     "The shift within `reach` at which two textures fit best."
     near = range(-reach, reach+1)
-    return max(((overlap_correlation(a, b, dy+u, dx+v), -abs(u)-abs(v), dy+u, dx+v) for u in near for v in near))[2:]
+    return max((overlap_correlation(a, b, dy+u, dx+v), -abs(u)-abs(v), dy+u, dx+v) for u in near for v in near)[2:]
 
 # %% ../../nbs/1d_data.conflicts.ipynb #9d3897ba
 def _of_part(root, rows, pairs):
