@@ -109,7 +109,7 @@ def _strong(r)->str:
     tag = r.headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else r.headers.get("Last-Modified", "")
 
-# %% ../../nbs/1a_data.fetch.ipynb #fedf7a67
+# %% ../../nbs/1a_data.fetch.ipynb #3b2d97ec
 class _Part:
     "What has come so far of one address: a file, and a note beside it."
     def __init__(self, path:Path, u:httpx.URL):
@@ -140,6 +140,11 @@ def _length(r):
     return int(n) if n.isdecimal() else None
 
 
+def _too_large(part, u, n, most):
+    part.begin("", None)
+    return DataError(f"{_short(u)} has {n} bytes; at most {most} are allowed")
+
+
 def _pull(http:httpx.Client, u:httpx.URL, part:_Part, most:int, say:Callable[[int, int|None], None]):
     "One try to get the rest of `part`."
     have = part.size() if part.same else 0
@@ -153,12 +158,12 @@ def _pull(http:httpx.Client, u:httpx.URL, part:_Part, most:int, say:Callable[[in
             raise _Passing(f"{_short(u)}: the file on the server is another one by now")
         if r.status_code==200: part.begin(_strong(r), _length(r))
         elif m[2]!="*": part.total = int(m[2])
-        if (part.total or 0)>most: raise DataError(f"{_short(u)} has {part.total} bytes; at most {most} are allowed")
+        if (part.total or 0)>most: raise _too_large(part, u, part.total, most)
         with open(part.path, "ab") as f:
             done = f.tell()
             for chunk in r.iter_raw():
                 done += len(chunk)
-                if done>most: raise DataError(f"{_short(u)} has more than {most} bytes; that many are allowed")
+                if done>most: raise _too_large(part, u, "more", most)
                 f.write(chunk)
                 say(done, part.total)
     finally: r.close()
@@ -190,7 +195,7 @@ def download(address:str, # http(s)
             time.sleep(max(wait*2**(failed-1), why.wait if wait else 0))
     return p
 
-# %% ../../nbs/1a_data.fetch.ipynb #1dc51539
+# %% ../../nbs/1a_data.fetch.ipynb #e2e06722
 class Source(NamedTuple):
     url: str
     tree: str # git's hash of its content
@@ -217,7 +222,10 @@ def _alone(target:Path)->Iterator[Path]: # file for what has come
             for p in target.parent.iterdir():
                 if re.fullmatch(left, p.name): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
             yield part
-        finally: lock.unlink()
+        finally:
+            if part.is_file() and not part.stat().st_size:
+                for p in (part, part.with_name(part.name+".json")): p.unlink(missing_ok=True)
+            lock.unlink()
 
 
 def _is_tree(tree):
@@ -233,15 +241,17 @@ def _is_tree(tree):
             top.rename(work)
     return check
 
-# %% ../../nbs/1a_data.fetch.ipynb #57c418d2
+# %% ../../nbs/1a_data.fetch.ipynb #b30877e1
 def unpack_checked(archive:str|Path, # a zip
                    target:str|Path, # must not exist
                    tree:str="", # git's hash of the content that is expected
                    sha256:str="", # of `archive`
                    caps:Caps=Caps(),
-)->Path: # `target`
+)->str: # sha256 of `archive`
     "Unpack `archive` when it is what it should be: whole where `tree` is given, else what the readers know."
-    return unpack(archive, target, caps, whole=bool(tree), sha256=sha256, check=_is_tree(tree) if tree else lambda folder: None)
+    with open(archive, "rb") as f: sha = sha256 or hashlib.file_digest(f, "sha256").hexdigest()
+    unpack(archive, target, caps, whole=bool(tree), sha256=sha, check=_is_tree(tree) if tree else lambda folder: None)
+    return sha
 
 
 def fetch(address:str, # http(s), of a zip
@@ -250,17 +260,17 @@ def fetch(address:str, # http(s), of a zip
           sha256:str="", # of the zip
           caps:Caps=Caps(),
           **kw, # for `download`
-)->bool: # False: it is there already
+)->str: # sha256 of the zip; empty: the content is there already
     "Download a zip of pictures, check and unpack it; call it again to go on."
     target = Path(target)
     if os.path.lexists(target):
-        if tree and target.is_dir() and tree in (tree_hash(target, {f"{n}.csv" for n in LISTS}), tree_hash(target)): return False
+        if tree and target.is_dir() and tree in (tree_hash(target, {f"{n}.csv" for n in LISTS}), tree_hash(target)): return ""
         raise DataError(f"{target} exists"+(" and holds other content" if tree else "")+"; give the name of a folder that does not, or remove it first")
     with _alone(target) as path:
         part = download(address, path, caps.size, **kw)
-        try: unpack_checked(path, target, tree, sha256, caps)
+        try: sha = unpack_checked(path, target, tree, sha256, caps)
         except DataError as e:
             part.remove() # it would be refused again
             raise DataError(str(e).replace(path.name, _short(_address(address)))) from None
         part.remove()
-    return True
+    return sha
