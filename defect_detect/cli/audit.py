@@ -15,24 +15,25 @@ from typing import Annotated
 
 import typer
 
-from .base import Json, data_group, table
+from .base import Json, bar, data_group, table
 
 # %% ../../nbs/94_cli.audit.ipynb #190ca2fa
 _Pictures = Annotated[Path, typer.Argument(help="folder of pictures, or a zip of one")]
 _Threshold = Annotated[float, typer.Option(min=.05, max=.99, help="correlation from which two pictures show one part")]
-_Names = Annotated[bool, typer.Option("--names/--no-names", help="let file names join pictures, besides the pixels")]
+_Names = Annotated[str, typer.Option("--names", metavar="auto|none|COLUMN|PATTERN", help="what joins pictures besides the pixels: names like exp1_num_123, a column of the data, or a pattern with a named group")]
+_Cache = Annotated[Path|None, typer.Option("--cache", metavar="FOLDER", help="keep there what pictures are compared by; the next time takes seconds")]
 _Sheet = Annotated[Path|None, typer.Option("--sheet", metavar="FILE.png", help="write the pictures side by side")]
 
 
 @contextmanager
-def _grouped(folder, threshold, names)->Iterator:
-    "The unpacked folder, its table with groups, and the verified pairs."
-    from defect_detect.data.groups import find_groups
+def _grouped(folder, threshold, names, cache)->Iterator:
+    "The unpacked folder, its table with groups, and what `group_pictures` found."
+    from defect_detect.data.groups import group_pictures
     from defect_detect.data.read import open_data, read_data
     with open_data(folder) as f:
         t = read_data(f)
-        t["group"], pairs = find_groups(f, t, threshold, names)
-        yield f, t, pairs
+        g = group_pictures(f, t, threshold, {"auto": True, "none": False}.get(names, names), cache, bar=bar)
+        yield f, t.assign(group=g.group), g
 
 
 def _png(sheet): # before the pixels are looked at, which takes a while
@@ -40,18 +41,20 @@ def _png(sheet): # before the pixels are looked at, which takes a while
 
 # %% ../../nbs/94_cli.audit.ipynb #f874a590
 @data_group.command("groups", epilog="Example: defect-detect data groups data/demo --sheet parts.png")
-def data_groups(folder:_Pictures, threshold:_Threshold=.4, names:_Names=True, sheet:_Sheet=None, json_:Json=False):
+def data_groups(folder:_Pictures, threshold:_Threshold=.4, names:_Names="auto", cache:_Cache=None, sheet:_Sheet=None, json_:Json=False):
     "Find which pictures show the same part."
     _png(sheet)
-    with _grouped(folder, threshold, names) as (f, t, pairs):
+    with _grouped(folder, threshold, names, cache) as (f, t, g):
         if sheet is not None:
             from defect_detect.judge.pictures import save_sheet, show_groups
             save_sheet(show_groups(f, t, n=min(40, t.group.nunique())), sheet)
-    parts = [dict(group=k, images=list(g.image), labels=sorted(set(g.label))) for k, g in t.groupby("group")]
-    if json_: return print(json.dumps(dict(parts=parts, pairs=json.loads(pairs.to_json(orient="records")))))
+    parts = [dict(group=k, images=list(p.image), labels=sorted(set(p.label))) for k, p in t.groupby("group")]
+    if json_: return print(json.dumps(dict(parts=parts, **{k: json.loads(v.to_json(orient="records")) for k, v in (("pairs", g.pairs), ("refused", g.refused), ("doubts", g.doubts))})))
     table([(p["group"], len(p["images"]), ", ".join(p["labels"]), p["images"][0]) for p in parts], ("part", "pictures", "labels", "first"))
     alone, mixed = (sum(map(f, parts)) for f in (lambda p: len(p["images"])==1, lambda p: len(p["labels"])>1))
-    print(f"{len(t)} pictures of {len(parts)} parts, {len(pairs)} verified pairs; {alone} pictures are alone, {mixed} parts have several labels"+(f"; {sheet}" if sheet else ""))
+    for r in g.doubts.itertuples(): print(f"doubt: {r.why}: {r.a} and {r.b}, correlation {r.correlation:.2f}")
+    for r in g.refused.itertuples(): print(f"refused: {r.a} and {r.b} correlate by {r.correlation:.2f}, but not the rest of their parts")
+    print(f"{len(t)} pictures of {len(parts)} parts, {len(g.pairs)} verified pairs; {alone} pictures are alone, {mixed} parts have several labels"+(f"; {sheet}" if sheet else ""))
 
 # %% ../../nbs/94_cli.audit.ipynb #ea120a5e
 def _kept(folder, keep, column):
@@ -77,7 +80,7 @@ def data_split(folder:_Pictures,
                test:Annotated[float, typer.Option(min=.01, max=.49, help="share of the pictures")]=.25,
                keep:Annotated[Path|None, typer.Option("--keep", metavar="parts.csv", help="a ledger whose sides stay; else parts.csv in the folder, where there is one")]=None,
                whole:Annotated[bool, typer.Option("--whole", help="write the whole table, as 1_prepare does, not the ledger")]=False,
-               threshold:_Threshold=.4, names:_Names=True, json_:Json=False):
+               threshold:_Threshold=.4, names:_Names="auto", cache:_Cache=None, json_:Json=False):
     "Put whole parts on the sides of a split, and leave those that have a side where they are."
     from defect_detect.core.files import write_whole
     from defect_detect.data.layouts import DataError
@@ -90,7 +93,8 @@ def data_split(folder:_Pictures,
     if out.exists() and not whole and out.resolve()!=(keep or mine).resolve(): raise DataError(f"{out} exists; its sides are kept with --keep {out}, or name another file")
     kept = _kept(folder, keep, column)
     was = {} if kept is None else dict(zip(kept.image, kept[column]))
-    with _grouped(folder, threshold, names) as (f, t, pairs):
+    with _grouped(folder, threshold, names, cache) as (f, t, g):
+        pairs = g.pairs
         t[column] = folds_by_group(t, folds, seed, was, pairs) if folds else split_by_group(t, dict(train=1-valid-test, valid=valid, test=test), seed, was, pairs)
     t2 = t.assign(split=t[column].astype(str)) # the same checks for folds
     mark_leaks(t2, pairs)
@@ -119,7 +123,7 @@ def _pictures(split, data):
 @data_group.command("leaks", epilog="Example: defect-detect data leaks published_split.csv --data pictures --sheet worst.png")
 def data_leaks(split:Annotated[Path, typer.Argument(help="CSV with a column of names (image, name, file) and one of sides (split, part, set, fold), or a folder with train/ and test/")],
                data:Annotated[Path|None, typer.Option(help="the pictures; else they are looked for beside the CSV, or in the folder")]=None,
-               threshold:_Threshold=.4, sheet:_Sheet=None, json_:Json=False):
+               threshold:_Threshold=.4, cache:_Cache=None, sheet:_Sheet=None, json_:Json=False):
     "Count the test pictures that have a photograph of the same part in train; exit 1 when there are any."
     _png(sheet)
     from defect_detect.data.groups import find_groups
@@ -133,7 +137,7 @@ def data_leaks(split:Annotated[Path, typer.Argument(help="CSV with a column of n
         mine = set(match_names(sides.name, t.image).values())
         if not mine: raise DataError(f"none of the {len(sides)} names of {split} is among the {len(t)} pictures in {root}, e.g. {sides.name[0]}; give the pictures with --data")
         t = t[t.image.isin(mine)].reset_index(drop=True)
-        t["group"], pairs = find_groups(root, t, threshold, names=False)
+        t["group"], pairs = find_groups(root, t, threshold, names=False, cache=cache, bar=bar)
         a = audit_split(t, pairs, sides)
         worst = [(p.a, f"{p.side_a} {p.correlation:.2f}", p.b, p.side_b) for p in a.pairs.itertuples()]
         if sheet is not None:
@@ -165,12 +169,13 @@ def _say_leaks(a, sheet, json_)->int:
 def data_conflicts(folder:_Pictures,
                    out:Annotated[Path, typer.Option("--out", metavar="review.csv", help="the list, for a person to decide in")],
                    limit:Annotated[float, typer.Option(min=0, max=1, help="overlap (IoU) from which two masks of a part agree")]=.3,
-                   threshold:_Threshold=.4, names:_Names=True, sheet:_Sheet=None, json_:Json=False):
+                   threshold:_Threshold=.4, names:_Names="auto", cache:_Cache=None, sheet:_Sheet=None, json_:Json=False):
     "List the pictures whose label or mask contradicts others of their part."
     _png(sheet)
     from defect_detect.data.conflicts import agreement_by_kind, find_conflicts, mask_agreement, write_review
     from defect_detect.data.lists import read_list
-    with _grouped(folder, threshold, names) as (f, t, pairs):
+    with _grouped(folder, threshold, names, cache) as (f, t, g):
+        pairs = g.pairs
         agree = mask_agreement(f, t, pairs)
         found = find_conflicts(f, t, pairs, agree, limit, set(read_list(f, "overrides").image))
         write_review(found, out)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import picture_files
+from ..core.image import DecodeError, decode
 from .check import Finding
 from .layouts import DataError, tidy
 from .split import units
@@ -110,15 +111,21 @@ def match_names(names:Iterable[str], # as a list has them
 _PLAIN = {"images", "imgs", "img", "pictures", "data", "train", "valid", "test"}
 
 
+def _size(name, data):
+    try: h, w = decode(data).shape[:2]
+    except DecodeError as e: raise DataError(f"{name}: {e}") from e
+    return w, h
+
+
 def plain_table(root:str|Path, # a folder of pictures, in whatever order
-)->pd.DataFrame: # image, label, mask (empty), group (empty), sha256; masks left out
+)->pd.DataFrame: # image, label, mask (empty), group (empty), sha256, width, height; masks left out
     "List the pictures of a folder of which no layout is known."
     files = picture_files([root])
     photos = {Path(n).with_suffix("") for _, n in files if Path(n).suffix.lower() in _PHOTOS}
     kind = lambda n: next((d.lower() for d in reversed(Path(n).parts[:-1]) if side_name(d) not in _PLAIN), "unknown")
-    rows = [(n, kind(n), "", "", hashlib.sha256(p.read_bytes()).hexdigest()) for p, n in files if not _is_mask(n, photos)]
+    rows = [(n, kind(n), "", "", hashlib.sha256(data := p.read_bytes()).hexdigest(), *_size(n, data)) for p, n in files if not _is_mask(n, photos)]
     if not rows: raise DataError(f"no picture in {root}")
-    return pd.DataFrame(rows, columns=["image", "label", "mask", "group", "sha256"])
+    return pd.DataFrame(rows, columns=["image", "label", "mask", "group", "sha256", "width", "height"])
 
 # %% ../../nbs/1c_data.leaks.ipynb #349ec1c1
 @dataclass(frozen=True)
