@@ -20,7 +20,7 @@ import pandas as pd
 
 from .descriptors import Entry, Store, candidates, entry_of, in_threads
 from .layouts import DataError
-from .register import climb, fit, shrink_for
+from .register import Fit, climb, fit, shrink_for
 
 # %% ../../nbs/11_data.groups.ipynb #5c733554
 class Link(NamedTuple):
@@ -30,6 +30,7 @@ class Link(NamedTuple):
     b: int
     dy: int # of `b` in `a`, in px of the fine texture
     dx: int
+    turn: float = 0. # of `b`, in degrees
 
 
 def spread(a:Sequence[int], b:Sequence[int], most:int)->list[tuple[int, int]]: # at most `most` pairs
@@ -123,7 +124,7 @@ class Pairs:
             mine = self.entry(i).textures
             fits.update({s: fit(mine, self.entry(j).textures) for j, s in new})
             self.store.put(name, json.dumps(fits).encode())
-        return {(i, j): tuple(fits[s]) for j, s in zip(item[1], others)}
+        return {(i, j): Fit(*fits[s]) for j, s in zip(item[1], others)}
 
     def measure(self, pairs:Iterable[tuple[int, int]], # (i,j) with i<j
                 bar:Callable[[Iterable], Iterable]=iter,
@@ -135,11 +136,11 @@ class Pairs:
 
     def weigh(self, i:int, j:int, shift:tuple[int, int])->float: # -1 where too little overlaps
         "Correlate two pictures at about `shift` of `j` in `i`; where they were registered, at their best."
-        if (min(i, j), max(i, j)) in self.known: return self.known[min(i, j), max(i, j)][0]
+        if (min(i, j), max(i, j)) in self.known: return self.known[min(i, j), max(i, j)].correlation
         fine = lambda k: self.entry(k).textures.fine.astype(np.float32)
         return climb(fine(i), fine(j), shift, 2)[0]
 
-    def links(self, threshold:float)->list[Link]: return [Link(r, i, j, y, x) for (i, j), (r, y, x) in self.known.items() if r>=threshold]
+    def links(self, threshold:float)->list[Link]: return [Link(f.correlation, i, j, f.dy, f.dx, f.turn) for (i, j), f in self.known.items() if f.correlation>=threshold]
 
 # %% ../../nbs/11_data.groups.ipynb #fceacc91
 def measure_named(pairs:Pairs, part:Mapping[int, int], # picture -> what names call its part, where they say anything
@@ -171,18 +172,18 @@ def disagreements(pairs:Pairs, part:Mapping[int, int], # picture -> what names c
 class Grouping(NamedTuple):
     "What is known about which pictures show one part."
     group: pd.Series # name of the part of each row
-    pairs: pd.DataFrame # verified: a, b (images, a<b), correlation, dy, dx (the pixel (y,x) of b lies at (y+dy,x+dx) of a); highest correlation first
+    pairs: pd.DataFrame # verified: a, b (images, a<b), correlation, dy, dx (the pixel (y,x) of b lies at (y+dy,x+dx) of a, in px) once b is turned by `turn` degrees about its middle; highest correlation first
     refused: pd.DataFrame # the same of links that would have joined two parts against the rest, and what they `reached`
     doubts: pd.DataFrame # a, b, correlation, why: names and pixels disagree
 
 
 def _frame(images, rows, more=()):
-    "Rows (correlation, position of a and of b, dy, dx, ...) as a table by image."
+    "Rows (correlation, position of a and of b, dy, dx, turn, ...) as a table by image."
     out = []
-    for r, i, j, y, x, *rest in rows:
+    for r, i, j, y, x, turn, *rest in rows:
         a, b = images[i], images[j]
-        out.append((a, b, round(r, 4), y, x, *rest) if a<b else (b, a, round(r, 4), -y, -x, *rest))
-    return pd.DataFrame(out, columns=["a", "b", "correlation", "dy", "dx", *more]).sort_values(["correlation", "a", "b"], ascending=[False, True, True], ignore_index=True)
+        out.append((a, b, round(r, 4), y, x, turn, *rest) if a<b else (b, a, round(r, 4), -y, -x, -turn+0., *rest))
+    return pd.DataFrame(out, columns=["a", "b", "correlation", "dy", "dx", "turn", *more]).sort_values(["correlation", "a", "b"], ascending=[False, True, True], ignore_index=True)
 
 
 def _named(top, sha):
@@ -205,7 +206,7 @@ def _witnesses(pairs, named, of, threshold, bar):
 
 def group_pictures(root:str|Path, # the data folder
                    table:pd.DataFrame, # from `read_data`
-                   threshold:float=0.4, # correlation from which two pictures show one part
+                   threshold:float=0.3, # correlation from which two pictures show one part
                    names:bool|str=True, # let names join more: True, a column, or a pattern with named groups; see `name_parts`
                    cache:str|Path|None=None, # folder where what pictures are compared by is kept; none: a temporary one
                    pixels:bool=True, # False: names alone decide, and the pixels only check them
@@ -226,16 +227,16 @@ def group_pictures(root:str|Path, # the data folder
     copies = [(p[0], q) for p in of for q in p[1:]]
     by_pixels = [(of[i][0], of[j][0]) for i, j in enumerate(top.tolist())] if pixels else []
     whole = join(len(t), [*copies, *by_pixels, *((i, p) for i, p in enumerate(named.tolist()) if p>=0)])
-    at = lambda k: (k.correlation, of[k.a][0], of[k.b][0], s*k.dy, s*k.dx)
+    at = lambda k: (k.correlation, of[k.a][0], of[k.b][0], s*k.dy, s*k.dx, k.turn)
     return Grouping(pd.Series(_named(whole, t.sha256), index=table.index, name="group", dtype=str),
-                    _frame(images, [*((1., a, b, 0, 0) for a, b in copies), *(at(k) for k in links if top[k.a]==top[k.b])]),
+                    _frame(images, [*((1., a, b, 0, 0, 0.) for a, b in copies), *(at(k) for k in links if top[k.a]==top[k.b])]),
                     _frame(images, [(*at(k), r) for k, r in refused], ["reached"]),
-                    _frame(images, [(r, of[i][0], of[j][0], 0, 0, why) for r, i, j, why in disagreements(pairs, part, top, threshold)], ["why"]).drop(columns=["dy", "dx"]))
+                    _frame(images, [(r, of[i][0], of[j][0], 0, 0, 0., why) for r, i, j, why in disagreements(pairs, part, top, threshold)], ["why"]).drop(columns=["dy", "dx", "turn"]))
 
 
 def find_groups(root:str|Path, # the data folder
                 table:pd.DataFrame, # from `read_data`
-                threshold:float=0.4, # correlation from which two pictures show one part
+                threshold:float=0.3, # correlation from which two pictures show one part
                 names:bool|str=True, # let names join more
                 cache:str|Path|None=None, # folder where what pictures are compared by is kept
                 **more, # `pixels` and `bar` of `group_pictures`
