@@ -113,6 +113,13 @@ def test_metrics_tables_and_card_say_it(run):
     assert f"exposure ({LEAKY})" in book
 
 
+def test_the_end_of_a_run_says_it(run, capsys):
+    from defect_detect.cli.run import _report
+    _report(run[0], {})
+    out = capsys.readouterr().out
+    assert LEAKY.upper() in out and f"image AUROC ({LEAKY})" in out and f"pooled IoU ({LEAKY})" in out
+
+
 def test_a_marked_bundle_marks_numbers_on_a_clean_table(run, tmp_path):
     "Training saw photographs of the tested parts: a clean-looking table does not undo that."
     d, _ = run

@@ -22,6 +22,7 @@ from .layouts import DataError, kind_name, list_files, read_rows, tidy
 from .lists import add_to_list, read_list
 from .read import load_image, load_marks, read_data
 from .register import climb, shrink_for, texture
+from .split import units
 
 # %% ../../nbs/1d_data.conflicts.ipynb #385a2eb7
 def overlap(a:np.ndarray, b:np.ndarray, # (h,w) of any type
@@ -82,14 +83,14 @@ def agreement_by_kind(rows:pd.DataFrame, # from `mask_agreement`
 # %% ../../nbs/1d_data.conflicts.ipynb #764a8bc6
 def _labels(table, pairs):
     "Yield (image, what, other) for pictures of parts with several labels."
-    label = table.set_index("image").label
+    label, seen = table.set_index("image").label, units(table.assign(group=table.image), pairs) # what the pixels link, whatever names say
+    t = table.assign(seen=seen, alone=seen.groupby(seen).transform("size")==1)
     near = pd.concat([pairs[["a", "b", "correlation"]], pairs[["a", "b", "correlation"]].rename(columns=dict(a="b", b="a"))])
     near = near[near.a.map(label).values!=near.b.map(label).values].sort_values(["correlation", "b"], ascending=[False, True]).drop_duplicates("a").set_index("a").b
-    for _, g in table[table.group!=""].groupby("group"):
-        if g.label.nunique()<2: continue
-        for r in g.itertuples():
-            rest = g[g.label!=r.label]
-            yield r.image, f"the label is {r.label}; others of the part are {', '.join(sorted(set(rest.label)))}", near.get(r.image, min(rest.image))
+    for _, g in t[t.group!=""].groupby("group"):
+        for r in g.itertuples() if g.label.nunique()>1 else ():
+            rest = g[(g.label!=r.label) & ((g.seen==r.seen) | g.alone | r.alone)]
+            if len(rest): yield r.image, f"the label is {r.label}; others of the part are {', '.join(sorted(set(rest.label)))}", near.get(r.image, min(rest.image))
 
 
 def _masks(root, table, agree, limit):
@@ -157,6 +158,7 @@ def read_review(root:str|Path, # the data folder
 )->tuple[dict[str, list[dict]], list[str], int]: # list -> rows to add; what is wrong, one line each; decisions left open
     "Read what a person decided; nothing is written."
     if not Path(path).is_file(): raise DataError(f"no review list at {path}; `defect-detect data conflicts` writes one")
+    if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
     if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
     if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
     if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
