@@ -73,10 +73,12 @@ def mask_agreement(root:str|Path, # the data folder
     found = [r for part in in_threads(lambda j: _of_part(root, *j, shrink), jobs) for r in part]
     return pd.DataFrame(found, columns=["group", "kind", "a", "b", "correlation", "dy", "dx", "both", "either", "iou"]).sort_values(["group", "a", "b"], ignore_index=True)
 
-# %% ../../nbs/1d_data.conflicts.ipynb #035dc557
+# %% ../../nbs/1d_data.conflicts.ipynb #8137bdd2
 def agreement_by_kind(rows:pd.DataFrame, # from `mask_agreement`
+                      leave_out:Collection[str]=(), # images, e.g. those whose masks a person has still to decide about
 )->dict[str, dict]: # kind -> iou (pooled; None when nothing is marked), pairs, parts
     "How well the masks agree with themselves."
+    rows = rows[~rows.a.isin(leave_out) & ~rows.b.isin(leave_out)]
     one = lambda t: dict(iou=round(float(t.both.sum()/t.either.sum()), 4) if t.either.sum() else None, pairs=len(t), parts=int(t.group.nunique()))
     return {k: one(t) for k, t in rows.groupby("kind")}
 
