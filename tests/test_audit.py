@@ -147,7 +147,9 @@ def plant(data, to):
     Image.fromarray(np.zeros((hidden.height, hidden.width), np.uint8)).save((to/new).with_suffix(".png"))
     empty = t[t.label=="uneven"].iloc[:3]
     for r in empty.itertuples(): Image.fromarray(np.zeros((r.height, r.width), np.uint8)).save(to/r.mask)
-    return (new, t[(t.label=="blowhole")].image.iloc[0]), list(empty.image)
+    with open(to/"truth.csv", newline="", encoding="utf-8") as f: tile = {r["image"]: r["tile"] for r in csv.DictReader(f)}
+    beside = next(i for i in t.image[t.label=="blowhole"] if tile[i]==tile[hidden.image] and i!=hidden.image)
+    return (new, beside), list(empty.image)
 
 
 @pytest.fixture(scope="module")
