@@ -1,4 +1,4 @@
-"""What a leaky split claims: `python benchmarks/leak_gap.py <folder> [--folds 4] [--epochs 10] [--size 224] [--out runs/leak_gap]`.
+"""What a leaky split claims: `python benchmarks/leak_gap.py <folder> [--folds 4] [--epochs 10] [--size 224] [--record FILE]`.
 
 The same test pictures, the same recipe, the same number of training pictures of each kind and the same number of steps, twice. "By part": no
 training picture shows a part of the test. "By picture": some training pictures are taken out at random and the other photographs of the test
@@ -6,6 +6,7 @@ parts put in, as a random split by picture would. Grouped folds, every part test
 the difference is paired. Each training writes its own file, so a stopped run goes on.
 """
 import argparse
+import json
 import tempfile
 from pathlib import Path
 
@@ -60,18 +61,18 @@ STATS = {"image AUROC": lambda t: auroc(t.score, t.bad), "average precision": la
          "pooled IoU, defective": lambda t: pooled_iou(t[t.bad]), "region recall": lambda t: t.found.sum()/t.true.sum() if t.true.sum() else float("nan")}
 
 
-def summary(rows:dict[str, pd.DataFrame])->str:
+def measure(rows:dict[str, pd.DataFrame])->dict[str, dict[str, list[float]]]: # statistic -> split by part, by picture, gap -> value, low, high
     a, b = rows["by part"], rows["by picture"]
-    n = lambda v: "[{:.3f}, {:.3f}]".format(*v)
-    return text_table([(k, f"{f(a):.3f} {n(interval(a, f))}", f"{f(b):.3f} {n(interval(b, f))}", f"{(d := paired_difference(a, b, f))[0]:+.3f} "+n(d[1:])) for k, f in STATS.items()],
-                      ("what", "split by part", "split by picture", "the leak gap, paired"))
+    own = lambda t, f: [f(t), *interval(t, f)]
+    return {k: {n: [round(float(x), 4) for x in v] for n, v in (("by part", own(a, f)), ("by picture", own(b, f)), ("gap", paired_difference(a, b, f)))} for k, f in STATS.items()}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split(":")[0])
     p.add_argument("data")
     for name, default in dict(folds=4, epochs=10, size=224, seed=0).items(): p.add_argument(f"--{name}", type=int, default=default)
-    p.add_argument("--out", type=Path, default=Path("runs/leak_gap"))
+    p.add_argument("--out", type=Path, default=Path("runs/leak_gap"), help="where each training writes its scores")
+    p.add_argument("--record", type=Path, help="JSON file for the result; the tutorial shows benchmarks/leak_gap.json")
     a = p.parse_args()
     table, spec = read_data(a.data), InputSpec(height=a.size, width=a.size)
     table["group"], _ = find_groups(a.data, table)
@@ -89,8 +90,12 @@ def main():
                 file.with_suffix(".tmp").replace(file)
             rows[arm].append(pd.read_csv(file))
     rows = {k: pd.concat(v, ignore_index=True) for k, v in rows.items()}
-    t = rows["by part"]
-    print(f"\n{len(t)} test pictures of {t.group.nunique()} parts, {t.bad.sum()} of {t[t.bad].group.nunique()} defective; 95 % intervals over parts\n\n{summary(rows)}")
+    t, m = rows["by part"], measure(rows)
+    print(f"\n{len(t)} test pictures of {t.group.nunique()} parts, {t.bad.sum()} of {t[t.bad].group.nunique()} defective; 95 % intervals over parts\n")
+    span = lambda v: "{:.3f} [{:.3f}, {:.3f}]".format(*v)
+    print(text_table([(k, span(v["by part"]), span(v["by picture"]), span(v["gap"])) for k, v in m.items()], ("what", "split by part", "split by picture", "the leak gap, paired")))
+    if a.record: a.record.write_text(json.dumps(dict(test_pictures=len(t), test_parts=t.group.nunique(), defective_pictures=int(t.bad.sum()), defective_parts=t[t.bad].group.nunique(),
+                                                     folds=a.folds, epochs=a.epochs, size=a.size, seed=a.seed, measured=m), indent=1)+"\n")
 
 
 if __name__=="__main__": main()
