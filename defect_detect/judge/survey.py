@@ -94,7 +94,7 @@ def show_gap(record:Mapping, # what benchmarks/leak_gap.py --record wrote
     for arm, off, colour in (("by part", .15, "#30638e"), ("by picture", -.15, "#d1495b")):
         v = np.array([m[k][arm] for k in m], float)
         a.errorbar(v[:, 0], np.arange(len(m))[::-1]+off, xerr=np.abs(v[:, 1:]-v[:, :1]).T, fmt="o", ms=4, capsize=3, color=colour, label=f"split {arm}")
-    a.set(xlim=(0, 1), yticks=range(len(m)), yticklabels=[f"{k}  ({m[k]['gap'][0]:+.2f})" for k in reversed(m)])
+    a.set(xlim=(0, 1), ylim=(-.5, len(m)-.5), yticks=range(len(m)), yticklabels=[f"{k}  ({m[k]['gap'][0]:+.2f})" for k in reversed(m)])
     f.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     a.grid(alpha=.3, axis="x")
     return f
