@@ -8,7 +8,6 @@ __all__ = ['Pair', 'PAIRS', 'TorchEngine', 'parity', 'engines_of', 'alike', 'See
 # %% ../../nbs/24_learn.parity.ipynb #14063697
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
