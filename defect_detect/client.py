@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -90,8 +90,8 @@ def retry_after(r:httpx.Response, # 429 or 503
     if said.isdecimal(): return float(said[:9])
     try: when = parsedate_to_datetime(said)
     except (ValueError, TypeError, IndexError): return otherwise
-    if when.tzinfo is None: when = when.replace(tzinfo=timezone.utc)
-    return max(0., (when-datetime.fromtimestamp(now, timezone.utc)).total_seconds())
+    if when.tzinfo is None: when = when.replace(tzinfo=UTC)
+    return max(0., (when-datetime.fromtimestamp(now, UTC)).total_seconds())
 
 
 def _error(r:httpx.Response|httpx.TransportError, url)->ServiceError:
