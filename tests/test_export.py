@@ -93,7 +93,7 @@ def test_a_bad_int8_is_left_out(trained):
     "Scales from black pictures: the integers saturate on real ones."
     net, bundle, root, table = trained
     bad8 = Bundle(bundle.card, bundle.model, b"", "", "", quantise(bundle.model, [np.full((1, 3, 96, 96), -1., np.float32)]))
-    want, seen, *_ = say(net, bad8, root, table.iloc[::5])
+    want, seen, *_ = say(net, bad8, root, table.iloc[::10])
     plan, op, held, bad = settle(("onnxruntime", "int8"), seen, want, lambda s: choose(s.rows, s.hist, .05, 20))
     assert plan==("onnxruntime", "fp32") and ("onnxruntime", "int8") in bad and not any(p.precision=="int8" for p in held), bad
 
@@ -120,7 +120,7 @@ def test_the_stage_obeys_and_says_what_it_leaves_out(tmp_path):
 def test_verdicts_do_not_depend_on_the_batch(trained):
     net, bundle, root, table = trained
     op = OperatingPoint()
-    images = [load_image(root, r) for r in table.iloc[::5].itertuples()]
+    images = [load_image(root, r) for r in table.iloc[::12].itertuples()]
     for pair, engine in engines_of(bundle, wanted="openvino")[0].items():
         p = Predictor(bundle, engine)
         alone, rng = p.predict(images, batch=1), np.random.default_rng(0)
