@@ -116,17 +116,19 @@ def bundle_plan(run:Annotated[Path, typer.Argument(metavar="RUN|BUNDLE", help="f
                 json_:Json=False):
     "Measure engines, precisions, threads and batch sizes; write what is worth it into params.yaml for 3_export."
     from defect_detect.core.bundle import read_bundle
-    from defect_detect.core.plan import PlanError, candidates, choose_plan, cores, measure, write_plan
+    from defect_detect.core.plan import PlanError, candidates, cores, make_plan, write_plan
     sizes = [int(s) for s in batches.split(",") if s.strip().isdecimal()]
     if 1 not in sizes or not all(1<=s<=64 for s in sizes): raise typer.BadParameter(f"{batches!r} is not a list of sizes such as 1,2,4; 1 is among them, 64 is the most", param_hint="--batches")
     b, n = read_bundle(_bundle_of(run)), most_threads or cores()
     if write and not params.is_file(): raise PlanError(f"there is no {params}; name the file of parameters with --params, or give --no-write")
     pairs, left_out = candidates(b)
-    timed = measure(b, pairs, [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t<=n], sizes, seconds)
-    plan, base = choose_plan(timed), next(o.ms for o in timed if (o.engine, o.precision, o.threads, o.batch)==("onnxruntime", "fp32", 1, 1))
+    plan, first, rest = make_plan(b, pairs, [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t<=n], sizes, seconds)
     if write: write_plan(params, plan)
-    if json_: return print(json.dumps(dict(bundle=f"{b.card.name}@{b.version}", timed=[vars(o) for o in timed], left_out={" ".join(k): v for k, v in left_out.items()}, plan=vars(plan))))
-    table([(o.engine, o.precision, o.threads, o.batch, f"{o.ms:.1f}", f"{base/o.ms:.2f}") for o in timed], ("engine", "precision", "threads", "batch", "ms a picture", "times fp32"))
+    if json_: return print(json.dumps(dict(bundle=f"{b.card.name}@{b.version}", timed=[vars(o) for o in first+rest], left_out={" ".join(k): v for k, v in left_out.items()}, plan=vars(plan))))
+    rows = lambda part: [(o.engine, o.precision, o.threads, o.batch, f"{o.ms:.1f}", f"{part[0].ms/o.ms:.2f}") for o in part]
+    for part in (first, rest):
+        table(rows(part), ("engine", "precision", "threads", "batch", "ms a picture", "times the first"))
+        print()
     for k, why in left_out.items(): print(f"left out: {' '.join(k)}: {why}")
     said = f"{plan.engine} {plan.precision}, {plan.plan_threads} thread{'s'*(plan.plan_threads>1)}, batches of {', '.join(map(str, plan.plan_batches))}"
-    print(f"\nplan: {said}\n"+(f"written into {params}, section export; it takes effect with the next export" if write else "not written"))
+    print(f"plan: {said}\n"+(f"written into {params}, section export; it takes effect with the next export" if write else "not written"))
