@@ -117,7 +117,7 @@ def bundle_plan(run:Annotated[Path, typer.Argument(metavar="RUN|BUNDLE", help="f
     "Measure engines, precisions, threads and batch sizes; write what is worth it into params.yaml for 3_export."
     from defect_detect.core.bundle import read_bundle
     from defect_detect.core.plan import PlanError, candidates, cores, make_plan, write_plan
-    sizes = [int(s) for s in batches.split(",") if s.strip().isdecimal()]
+    sizes = [int(s) if s.strip().isdecimal() else 0 for s in batches.split(",")]
     if 1 not in sizes or not all(1<=s<=64 for s in sizes): raise typer.BadParameter(f"{batches!r} is not a list of sizes such as 1,2,4; 1 is among them, 64 is the most", param_hint="--batches")
     b, n = read_bundle(_bundle_of(run)), most_threads or cores()
     if write and not params.is_file(): raise PlanError(f"there is no {params}; name the file of parameters with --params, or give --no-write")
