@@ -125,9 +125,9 @@ def bundle_plan(run:Annotated[Path, typer.Argument(metavar="RUN|BUNDLE", help="f
     plan, first, rest = make_plan(b, pairs, [t for t in (1, 2, 4, 8, 16, 32, 64, 128, 256) if t<=n], sizes, seconds)
     if write: write_plan(params, plan)
     if json_: return print(json.dumps(dict(bundle=f"{b.card.name}@{b.version}", timed=[vars(o) for o in first+rest], left_out={" ".join(k): v for k, v in left_out.items()}, plan=vars(plan))))
-    rows = lambda part: [(o.engine, o.precision, o.threads, o.batch, f"{o.ms:.1f}", f"{part[0].ms/o.ms:.2f}") for o in part]
+    rows = lambda part: [(o.engine, o.precision, o.threads, o.batch, f"{o.ms:.1f}", f"{o.work:.1f}", f"{part[0].work/o.work:.2f}") for o in part]
     for part in (first, rest):
-        table(rows(part), ("engine", "precision", "threads", "batch", "ms a picture", "times the first"))
+        table(rows(part), ("engine", "precision", "threads", "batch", "ms a picture", "ms of work", "times less than the first"))
         print()
     for k, why in left_out.items(): print(f"left out: {' '.join(k)}: {why}")
     said = f"{plan.engine} {plan.precision}, {plan.plan_threads} thread{'s'*(plan.plan_threads>1)}, batches of {', '.join(map(str, plan.plan_batches))}"

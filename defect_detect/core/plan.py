@@ -30,7 +30,8 @@ class Timed:
     precision: str # fp32 | int8 | bf16
     threads: int
     batch: int # pictures run together
-    ms: float # of one picture, median over the rounds
+    ms: float # of one picture by the clock, median over the rounds
+    work: float # ms that the processor worked for it
 
 
 def cores()->int:
@@ -62,13 +63,14 @@ def measure(bundle:Bundle, # checked
     x = np.random.default_rng(0).normal(size=(max(batches := sorted(set(batches))), 3, s.height, s.width)).astype(np.float32)
     ways = {(*p, t, b): (e, x[:b]) for p in pairs for t in sorted(set(threads)) for e in [start_engine(bundle, *p, t)] for b in batches}
     for e, part in ways.values(): e.run(part) # the first run of a size compiles
-    ms, end = {k: [] for k in ways}, time.perf_counter()+seconds
-    while len(ms[k0 := next(iter(ways))])<3 or time.perf_counter()<end and len(ms[k0])<200:
+    ms, end, n = {k: [] for k in ways}, time.perf_counter()+seconds, 0
+    while n<3 or time.perf_counter()<end and n<200:
         for k, (e, part) in ways.items():
-            t = time.perf_counter()
+            t, c = time.perf_counter(), time.process_time()
             e.run(part)
-            ms[k].append(1000*(time.perf_counter()-t)/len(part))
-    return [Timed(*k, median(v)) for k, v in ms.items()]
+            ms[k].append((1000*(time.perf_counter()-t)/len(part), 1000*(time.process_time()-c)/len(part)))
+        n += 1
+    return [Timed(*k, *(median(o) for o in zip(*v))) for k, v in ms.items()]
 
 # %% ../../nbs/0a_core.plan.ipynb #55d10de3
 @dataclass(frozen=True)
@@ -81,22 +83,22 @@ class Plan:
 
 
 def choose_pair(timed:Sequence[Timed], # one thread, one picture
-                gain:float=1.1, # so many times faster another engine or precision must be
+                gain:float=1.1, # so many times less work another engine or precision must be
 )->tuple[str, str]: # engine, precision
     "The first half of the rule."
-    ms, base = {(o.engine, o.precision): o.ms for o in timed if (o.threads, o.batch)==(1, 1)}, ("onnxruntime", "fp32")
-    best = min(ms, key=ms.get)
-    return base if base in ms and ms[base]<gain*ms[best] else best
+    work, base = {(o.engine, o.precision): o.work for o in timed if (o.threads, o.batch)==(1, 1)}, ("onnxruntime", "fp32")
+    best = min(work, key=work.get)
+    return base if base in work and work[base]<gain*work[best] else best
 
 
 def choose_rest(timed:Sequence[Timed], # of one engine and precision; one thread and one picture among them
-                gain:float=1.1, # so many times faster a batch must be
-                work:float=0.8, # of one thread alone, that each of several must do
+                gain:float=1.1, # so many times less work a batch must be, for each picture
+                share:float=0.8, # of what one thread does alone, that each of several must do
 )->Plan:
     "The second half."
-    ms = {(o.threads, o.batch): o.ms for o in timed}
-    n = max(t for (t, b), v in ms.items() if b==1 and (t==1 or ms[1, 1]/v>=work*t))
-    return Plan(timed[0].engine, timed[0].precision, n, [1, *sorted(b for (t, b), v in ms.items() if t==n and b>1 and ms[n, 1]>=gain*v)])
+    ms, work = ({(o.threads, o.batch): getattr(o, k) for o in timed} for k in ("ms", "work"))
+    n = max(t for (t, b), v in ms.items() if b==1 and (t==1 or ms[1, 1]/v>=share*t))
+    return Plan(timed[0].engine, timed[0].precision, n, [1, *sorted(b for (t, b), v in work.items() if t==n and b>1 and work[n, 1]>=gain*v)])
 
 
 def make_plan(bundle:Bundle, # checked
