@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import hostile
-from serving import SERVE, address, assert_problem, encode, head, plate, post, process, raw, records
+from serving import SERVE, WEB, address, assert_problem, encode, head, plate, post, process, raw, records
 from defect_detect.client import Client, ServiceError
 from defect_detect.core.bundle import example_bundle
 from defect_detect.core.formats import MEDIA_TYPES
@@ -41,7 +41,7 @@ def test_answer_is_the_predictors(url, bundle, holes, fmt):
     data = encode(plate(holes=holes), fmt)
     want = Predictor.load(bundle, threads=1).predict([decode(data)])[0]
     answers = [post(url, data, "image/jpeg", params={"mask": "png"}), post(url, data, "application/octet-stream", params={"mask": "png"}),
-               httpx.post(f"{url}/v1/predict?mask=png", files={"image": ("a b.png", data)}, data={"note": "x"})]
+               WEB.post(f"{url}/v1/predict?mask=png", files={"image": ("a b.png", data)}, data={"note": "x"})]
     for r in answers:
         a = Answer.model_validate(r.raise_for_status().json())
         assert (a.verdict, a.regions_total, a.width, a.height) == (want.verdict, len(want.regions), 200, 150)
@@ -62,12 +62,12 @@ def test_refusals(url):
     assert_problem(post(url, good+b"\0"*300_000), 413, "too_many_bytes")
     assert_problem(post(url, good, "text/html"), 415, "unknown_content_type")
     assert_problem(post(url, good, "multipart/form-data"), 400, "bad_multipart")
-    assert_problem(httpx.post(f"{url}/v1/predict", files=[("a", good), ("b", good)]), 400, "bad_multipart")
-    assert_problem(httpx.post(f"{url}/v1/predict", files={"a": b""}), 400, "empty")
+    assert_problem(WEB.post(f"{url}/v1/predict", files=[("a", good), ("b", good)]), 400, "bad_multipart")
+    assert_problem(WEB.post(f"{url}/v1/predict", files={"a": b""}), 400, "empty")
     assert_problem(post(url, good, params={"mask": "jpg"}), 422, "bad_parameter")
-    assert_problem(httpx.get(f"{url}/v1/predict"), 405, "method_not_allowed")
-    for path in ("/docs", "/redoc", "/v1/predict/", "/v2/", "/page", "/page.py", "/..%2f..%2fetc/passwd", "/%00"): assert_problem(httpx.get(url+path), 404, "not_found")
-    assert "POST" in httpx.get(f"{url}/v1/predict").headers["allow"]
+    assert_problem(WEB.get(f"{url}/v1/predict"), 405, "method_not_allowed")
+    for path in ("/docs", "/redoc", "/v1/predict/", "/v2/", "/page", "/page.py", "/..%2f..%2fetc/passwd", "/%00"): assert_problem(WEB.get(url+path), 404, "not_found")
+    assert "POST" in WEB.get(f"{url}/v1/predict").headers["allow"]
 
 
 def test_too_large_is_not_read_to_its_end(url):
@@ -107,7 +107,7 @@ def test_overload_is_refused_at_once_and_health_answers(bundle):
         lives = []
         while not all(j.done() for j in jobs):
             t = time.perf_counter()
-            assert httpx.get(f"{u}/healthz/live").status_code == 200 and httpx.get(f"{u}/healthz/ready").status_code == 200
+            assert WEB.get(f"{u}/healthz/live").status_code == 200 and WEB.get(f"{u}/healthz/ready").status_code == 200
             lives.append(time.perf_counter()-t)
         answers = [j.result() for j in jobs]
         busy = [(r, s) for r, s in answers if r.status_code != 200]
@@ -148,14 +148,14 @@ def test_hostile_bodies_see_a_fault(bundle, monkeypatch):
 def test_odd_headers(url):
     good = encode(plate())
     for kind in ("", "image/", "image/png; a=\xff", "multipart/form-data; boundary=\"\"", "multipart/form-data; boundary*=utf-8''%ff", "x"*5000, "image/png\x0b"):
-        try: r = httpx.post(f"{url}/v1/predict", content=good, headers={"content-type": kind.encode("latin-1")})
+        try: r = WEB.post(f"{url}/v1/predict", content=good, headers={"content-type": kind.encode("latin-1")})
         except httpx.LocalProtocolError: continue
         assert r.status_code in (200, 400, 415), (kind, r.text)
     assert raw(url, head("Content-Length: -1"))[1] == 400
     assert raw(url, head("Content-Length: 1", "Content-Length: 2"))[1] == 400
     assert raw(url, b"\0\1\2\r\n\r\n")[1] == 400
     for given in ("a"*500, "a b", "\u001b[0m".encode().decode("latin-1")):
-        try: r = httpx.get(f"{url}/healthz/live", headers={"x-request-id": given})
+        try: r = WEB.get(f"{url}/healthz/live", headers={"x-request-id": given})
         except httpx.LocalProtocolError: continue
         assert len(r.headers["x-request-id"]) == 32
 
@@ -166,7 +166,7 @@ def test_live_before_ready(tmp_path):
     with process(slow, "--port", port, wait=False) as (p, _, log):
         seen, u, end = [], f"http://127.0.0.1:{port}", time.monotonic()+60
         while not (seen and seen[-1] == 200) and time.monotonic()<end:
-            try: live, ready = httpx.get(f"{u}/healthz/live", timeout=30), httpx.get(f"{u}/v2/health/ready", timeout=30)
+            try: live, ready = WEB.get(f"{u}/healthz/live", timeout=30), WEB.get(f"{u}/v2/health/ready", timeout=30)
             except httpx.TransportError:
                 time.sleep(.02)
                 continue
@@ -175,7 +175,7 @@ def test_live_before_ready(tmp_path):
                 assert_problem(ready, 503, "not_ready")
                 r = post(u, encode(plate()))
                 if r.status_code != 200: assert_problem(r, 503, "not_ready")
-                else: assert httpx.get(f"{u}/healthz/ready").status_code == 200, "it has become ready in between, or should not have answered"
+                else: assert WEB.get(f"{u}/healthz/ready").status_code == 200, "it has become ready in between, or should not have answered"
             seen.append(ready.status_code)
             time.sleep(.02)
         assert seen[0] == 503 and seen[-1] == 200 and p.stdout.readline().startswith("serving example-spot@")
@@ -195,7 +195,7 @@ def test_log_lines_cannot_be_forged(bundle):
     with process(bundle) as (p, u, log):
         raw(u, b"GET /%0d%0a%7b%22forged%22:1%7d%1b[31m HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         raw(u, b"GET /"+b"%F0%9F%98%80"*600+b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: a\"b\r\n\r\n")
-        httpx.get(f"{u}/healthz/live", headers={"x-request-id": "last"})
+        WEB.get(f"{u}/healthz/live", headers={"x-request-id": "last"})
         p.send_signal(signal.SIGINT)
         assert p.wait(30) == 0
     lines = [o.rstrip("\n") for o in log if json.loads(o)["message"] == "request"]
@@ -225,7 +225,7 @@ def test_two_services_in_one_process(bundle):
 
 
 def test_the_description_is_true(url):
-    d = httpx.get(f"{url}/openapi.json").json()
+    d = WEB.get(f"{url}/openapi.json").json()
     assert sorted(d["paths"]) == ["/healthz/live", "/healthz/ready", "/metrics", "/v1/model", "/v1/predict", "/v1/predict:batch", "/v2", "/v2/health/live", "/v2/health/ready",
         *sorted("/v2/models/{name}"+v+e for v in ("", "/versions/{version}") for e in ("", "/infer", "/ready"))]
     op = d["paths"]["/v1/predict"]["post"]

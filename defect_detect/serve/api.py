@@ -43,7 +43,8 @@ class Service:
         self.batcher, self.settled = Batcher(s.max_waiting, s.decoders, s.batch_wait_ms/1000, self.metrics.count), asyncio.Event()
         self.predictor: Predictor | None = None # set after the warm-up
         self.error = self.note = "" # why there will be none; why a bundle that appeared is not served
-        self.draining, self.plan = False, {}
+        self.draining = self.closing = False # is it to be said that it is not ready? do connections end with their answers?
+        self.plan = {}
 
     def load(self):
         "Verify and load the bundle, find out how many pictures run together, and predict once."
@@ -64,9 +65,9 @@ class Service:
         except Exception as e: self.error = f"the bundle could not be loaded: {type(e).__name__}: {e}"
         finally: self.settled.set()
 
-    def drain(self):
-        "Say from now on that the service is not ready, and end connections with their answers."
-        self.draining = True
+    def drain(self, lend:bool=False): # True: others are ready in its place
+        "End connections with their answers from now on, and say that the service is not ready."
+        self.closing, self.draining = True, not lend
         self.metrics.ready.set(0)
 
     def loaded(self)->Predictor:
@@ -225,7 +226,7 @@ def create_app(settings:Settings, metrics:Metrics|None=None)->FastAPI: # `app.st
     app = FastAPI(title="defect_detect", version=__version__, description="Finds defects in pictures of parts.", docs_url=None, redoc_url=None, openapi_url=None,
                   redirect_slashes=False, telemetry=quiet, lifespan=lifespan)
     app.state.service, app.state.guard = service, service.guard
-    app.add_middleware(Envelope, seen=service.metrics.request, closing=lambda: service.draining, max_head=settings.max_head)
+    app.add_middleware(Envelope, seen=service.metrics.request, closing=lambda: service.closing, max_head=settings.max_head)
     app.add_exception_handler(ProblemError, _on_problem)
     app.add_exception_handler(DecodeError, lambda request, e: refuse(request, e.code, str(e)))
     app.add_exception_handler(HTTPException, _on_http)

@@ -81,7 +81,7 @@ class Envelope:
 class JsonLines(logging.Formatter):
     "One record, one line of JSON of at most 8 kB."
     def format(self, record):
-        said = dict(time=self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), level=record.levelname.lower(), message=record.getMessage()[:500])
+        said = dict(time=self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), level=record.levelname.lower(), pid=record.process, message=record.getMessage()[:500])
         said |= getattr(record, "fields", {})
         if record.exc_info: said["exception"] = self.formatException(record.exc_info)[-2500:]
         line = json.dumps(said)

@@ -9,11 +9,12 @@ __all__ = ['MS', 'share', 'free', 'Metrics']
 import os
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.values import MultiProcessValue
 
 # %% ../../nbs/66_serve.metrics.ipynb #a58eac1b
+disable_created_metrics() # a second series for each, which nobody asks for
 MS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10) # s
 
 

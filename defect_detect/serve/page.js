@@ -10,7 +10,10 @@ async function ask(path, options = {}) {
   try { r = await fetch(path, {...options, headers}); }
   catch { throw new Error("The service cannot be reached."); }
   const said = await r.json().catch(() => ({}));
-  if (r.status === 401) $("ask").hidden = false;
+  if (r.status === 401) {
+    $("ask").hidden = false;
+    $("model").textContent = "Who shows the token may ask.";
+  }
   if (!r.ok) throw new Error(said.detail ? `${said.title}: ${said.detail}` : `The service answered ${r.status}.`);
   return said;
 }
@@ -30,7 +33,7 @@ function inWords(op) {
 async function meet() {
   model = await ask("v1/model");
   $("ask").hidden = true;
-  $("model").textContent = `${model.name}, version ${model.version}; it knows ${model.classes.slice(1).join(", ")}. ${inWords(model.operating_point)}`;
+  $("model").textContent = `${model.name}, version ${model.version}; it knows ${model.classes.slice(1).join(", ")}`;
 }
 
 function image(url) {
@@ -72,7 +75,7 @@ function draw() {
   g.drawImage(mask, 0, 0, c.width, c.height);
   g.globalAlpha = 1;
   if (!$("boxes").checked) return;
-  const unit = Math.max(1, Math.max(c.width, c.height) / 640);
+  const unit = Math.max(1, c.width / (c.clientWidth || c.width)); // words have one size on the screen, however large the picture is
   g.lineWidth = 2 * unit;
   g.font = `${14 * unit}px system-ui, sans-serif`;
   for (const r of answer.regions.slice(0, 50)) {
@@ -131,6 +134,7 @@ async function judge(file) {
 $("file").addEventListener("change", e => { if (e.target.files[0]) judge(e.target.files[0]); });
 $("strength").addEventListener("input", draw);
 $("boxes").addEventListener("change", draw);
+window.addEventListener("resize", draw);
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, e => {
     e.preventDefault();

@@ -56,7 +56,7 @@ class Running:
         if not self.ending: self.ending = asyncio.create_task(self._end(self.settings.drain_seconds if seconds is None else seconds, lend))
 
     async def _end(self, seconds, lend):
-        self.service.drain()
+        self.service.drain(lend)
         if not lend: await asyncio.sleep(seconds)
         await self.server.stop(lend)
         end = time.monotonic()+seconds

@@ -46,7 +46,13 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        self.made = self.loop.time()
         self._watch()
+
+    def shutdown(self):
+        "End when there is nothing in work; uvicorn calls this when it stops. A new connection has a second to bring its request."
+        if self.cycle is None and self.loop.time()<self.made+1: self.loop.call_later(1, self._late)
+        else: super().shutdown()
 
     def data_received(self, data):
         super().data_received(data)
@@ -74,7 +80,7 @@ class Server(uvicorn.Server):
         kind = type("Protocol", (Protocol,), dict(head_seconds=settings.head_seconds))
         super().__init__(uvicorn.Config(app, loop="asyncio", http=kind, ws="none", lifespan="on", log_config=None, access_log=False, server_header=False, proxy_headers=False,
             timeout_keep_alive=60, timeout_graceful_shutdown=settings.stop_seconds, h11_max_incomplete_event_size=settings.max_head))
-        self.settings, self.sock, self.taking = settings, None, None
+        self.settings, self.sock, self.taking = settings, None, False
 
     @contextmanager
     def capture_signals(self): yield # whoever runs the server decides what signals mean
@@ -82,31 +88,34 @@ class Server(uvicorn.Server):
     def accept(self, sock:socket.socket):
         "Begin to take connections; from the event loop."
         sock.setblocking(False)
-        self.sock, self.taking = sock, asyncio.create_task(self._accept())
+        self.sock, self.taking, self.fresh = sock, True, set()
+        asyncio.get_running_loop().add_reader(sock, self._one)
 
-    async def _take(self, conn):
+    def _one(self):
+        "Take one connection: the other workers get their share."
+        loop = asyncio.get_running_loop()
+        if len(self.server_state.connections)>=self.settings.max_connections:
+            loop.remove_reader(self.sock)
+            loop.call_later(.02, lambda: self.taking and loop.add_reader(self.sock, self._one))
+            return True
+        try: conn = self.sock.accept()[0]
+        except BlockingIOError: return True # another worker was faster, or there is none
+        except OSError as e: # no descriptor is left, or the client has gone already
+            LOG.warning("a connection could not be taken: %s", e)
+            return True
         conn.setblocking(False)
         conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) # else each answer on an open connection waits 40 ms for the client's acknowledgement
         if hasattr(socket, "TCP_USER_TIMEOUT"): conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000*self.settings.head_seconds)) # a client that does not read its answer
         make = lambda: self.config.http_protocol_class(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
-        await asyncio.get_running_loop().connect_accepted_socket(make, conn)
-
-    async def _accept(self):
-        loop = asyncio.get_running_loop()
-        while True:
-            while len(self.server_state.connections)>=self.settings.max_connections: await asyncio.sleep(.01)
-            try: await self._take((await loop.sock_accept(self.sock))[0])
-            except OSError as e: # no descriptor is left, or the client has gone already
-                LOG.warning("a connection could not be taken: %s", e)
-                await asyncio.sleep(.05)
+        task = loop.create_task(loop.connect_accepted_socket(make, conn))
+        self.fresh.add(task)
+        task.add_done_callback(self.fresh.discard)
 
     async def stop(self, lend:bool=False): # True: others go on taking connections from the socket
         "Take no more connections."
-        if self.taking is None: return
-        self.taking.cancel()
-        await asyncio.wait({self.taking})
-        try:
-            while not lend: await self._take(self.sock.accept()[0])
-        except OSError: pass
+        if not self.taking: return
+        self.taking = False
+        asyncio.get_running_loop().remove_reader(self.sock)
+        while not lend and not self._one(): pass
         self.sock.close()
-        self.taking = None
+        if self.fresh: await asyncio.wait(self.fresh)
