@@ -86,14 +86,14 @@ class Batcher:
     "Threads that decode, one that predicts, and a bounded number of pictures that wait for them."
     def __init__(self,
         most:int=32, # pictures in work or waiting
-        decoders:int=1, # threads
+        decoders:int=1, # threads; 0: the network's own thread decodes, which on one core saves a change of threads
         wait:float=.002, # s; a free network waits so long for a picture that is on its way
         count:Callable=lambda what, n=1: None, # is told what happened: executed, expired, gone, failed, batch
     ):
         self.most, self.wait, self.count = most, wait, count
         self.places = self.coming = 0 # admitted and not answered; being received or decoded
         self.predictor, self.sizes, self.closed = None, (1,), False
-        self.decoder, self.helper = ThreadPoolExecutor(decoders, "decode"), ThreadPoolExecutor(1, "answer")
+        self.decoder, self.helper = ThreadPoolExecutor(decoders, "decode") if decoders else None, ThreadPoolExecutor(1, "answer")
         self.lock, self.queue = threading.Condition(), deque()
         self.thread = threading.Thread(target=self._work, name="predict", daemon=True)
 
@@ -108,7 +108,8 @@ class Batcher:
             self.closed = True
             for j in self.queue: j.state = "gone"
             self.lock.notify_all()
-        for pool in (self.decoder, self.helper): pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.decoder, self.helper):
+            if pool: pool.shutdown(wait=False, cancel_futures=True)
         if self.thread.is_alive() and threading.current_thread() is not self.thread: self.thread.join()
 
     def admit(self, n:int=1):
@@ -124,8 +125,13 @@ class Batcher:
         self.admit(len(jobs))
         self.places += len(jobs)
         try:
-            with self.lock: self.coming += len(jobs)
-            for j in jobs: self.decoder.submit(self._decode, j)
+            with self.lock:
+                if self.decoder: self.coming += len(jobs)
+                else:
+                    self.queue += jobs
+                    self.lock.notify()
+            if self.decoder:
+                for j in jobs: self.decoder.submit(self._decode, j)
             todo = {j.future for j in jobs}
             while todo and not (gone and gone.done()):
                 left = min(j.deadline for j in jobs if not j.future.done())-time.perf_counter()
@@ -189,9 +195,22 @@ def _take(self:Batcher)->list[Job]: # that must be run now; empty: the end
         return jobs[:n]
 
 
+def _open(self:Batcher, jobs:list[Job])->list[Job]: # that have a picture
+    "Decode in this thread."
+    for j in jobs:
+        t = time.perf_counter()
+        j.waited += t-j.made
+        try: j.image = j.decode()
+        except BaseException as e: j.tell(error=e)
+        j.ready = time.perf_counter()
+        j.decoding = j.ready-t
+    return [j for j in jobs if j.image is not None]
+
+
 def _work(self:Batcher):
     while not self.closed:
         jobs = self._take()
+        if not self.decoder: jobs = self._open(jobs)
         if not jobs: continue
         t = time.perf_counter()
         for j, p in zip(jobs, self._predict(jobs)):
@@ -217,4 +236,4 @@ def _predict(self:Batcher, jobs:list[Job])->list: # predictions, or the exceptio
         return [ProblemError("internal", "the network failed on this picture; the log has it")]
 
 
-for _f in (_decode, _take, _work, _finish, _predict): setattr(Batcher, _f.__name__, _f)
+for _f in (_decode, _take, _open, _work, _finish, _predict): setattr(Batcher, _f.__name__, _f)

@@ -8,9 +8,9 @@ __all__ = ['LOG', 'request_id', 'refuse', 'Envelope', 'JsonLines']
 # %% ../../nbs/62_serve.envelope.ipynb #f76b5e64
 import json
 import logging
+import random
 import re
 import time
-import uuid
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -26,7 +26,7 @@ LOG = logging.getLogger("defect_detect.serve")
 def request_id(given:str|None, # X-Request-Id of the request
 )->str:
     "Keep a harmless id, or make one."
-    return given if given and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
+    return given if given and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"{random.getrandbits(128):032x}" # no secret: it need not be worth a call of the system
 
 
 def refuse(request:Request, code:str, detail:str, status:int|None=None, headers:dict|None=None)->Response:

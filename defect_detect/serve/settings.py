@@ -36,7 +36,7 @@ class Settings(BaseModel):
     max_waiting: int = Field(32, ge=1, le=10_000, description="pictures in work or waiting; one more is answered 503")
     max_pictures: int = Field(16, ge=1, le=1000, description="in one request")
     deadline_ms: int = Field(30_000, ge=1, le=3_600_000, description="a picture that waits longer is answered 504; a request can ask for less")
-    decoders: int = Field(1, ge=1, le=64, description="threads that decode")
+    decoders: int | None = Field(None, ge=0, le=64, description="threads that decode; 0: the engine's own; else 0 where a worker has one core, or 1")
     max_body_mb: int = Field(128, ge=1, description="bodies in hand, all together")
     max_connections: int = Field(1000, ge=1, description="one more waits to be accepted")
     body_seconds: float = Field(10, gt=0, description="a body that takes longer to arrive is answered 408")
