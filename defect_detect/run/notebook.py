@@ -25,6 +25,7 @@ import nbformat
 from filelock import FileLock, Timeout
 
 from ..core.files import write_whole
+from .receipt import now, peak_memory, write_record
 from .schema import ParameterError, read_schema
 
 # %% ../../nbs/41_run.notebook.ipynb #7e2bbe48
@@ -157,7 +158,8 @@ def run_notebook(notebook:str|Path, # with one cell tagged `parameters`
         tmp = Path(room)/output.name
         _rooms.add(room)
         for dead in set(output.parent.glob(f".{output.stem}-????????"))-{Path(room)}: shutil.rmtree(dead, ignore_errors=True) # of a killed run: we hold the lock
-        for old in (output, failed, output.with_suffix(".html"), failed.with_suffix(".html")): old.unlink(missing_ok=True)
+        for old in (output.with_suffix(".run.json"), output, failed, output.with_suffix(".html"), failed.with_suffix(".html")): old.unlink(missing_ok=True)
+        started, since, before = now(), time.monotonic(), peak_memory()
         try: _execute(notebook, tmp, values, cwd, say)
         except NotebookError as e:
             with contextlib.suppress(OSError): # a full disk, say: then the error itself has to do
@@ -167,6 +169,8 @@ def run_notebook(notebook:str|Path, # with one cell tagged `parameters`
         to_html(tmp, output.with_suffix(".html"))
         with open(tmp) as f: os.fsync(f.fileno())
         os.replace(tmp, output)
+        peak = peak_memory()
+        write_record(output, notebook, parameters=values, started=started, seconds=round(time.monotonic()-since, 1), peak_memory_mb=None if peak==before else peak) # an earlier kernel of this process was larger
     return output
 
 # %% ../../nbs/41_run.notebook.ipynb #fb3a8005

@@ -8,6 +8,7 @@ __all__ = ['SchemaError', 'ParameterError', 'Parameter', 'Schema', 'tagged', 're
 # %% ../../nbs/40_run.schema.ipynb #bc97258f
 import ast
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ class ParameterError(ValueError):
     "A value that the schema does not allow."
 
 
+_SECRET = re.compile(r"(?i)(?:^|_)(?:token|passw(?:or)?d|passphrase|secret|credentials?|api_?key|access_?key|private_?key)s?(?:_|$)")
+_CREDENTIAL = re.compile(r"://[^/\s]*@")
 _PLAIN = dict(int=int, float=float, str=str, bool=bool)
 _BOUNDS = {"ge", "gt", "le", "lt", "multiple_of", "min_length", "max_length"}
 
@@ -62,6 +65,7 @@ class Parameter:
         value:Any, # from a command line, a file or a sweep
     ): # the value, of the right type
         "Return `value` or raise `ParameterError`; an int may stand for a float, nothing else is converted."
+        if _CREDENTIAL.search(str(value)): raise ParameterError(f"{self.name}: an address with a user or password in it would be copied into the executed notebook; give it without")
         try: return TypeAdapter(self.type, config=ConfigDict(strict=True)).validate_python(value)
         except ValidationError as e: raise ParameterError(f"{self.name}={value!r}: {e.errors()[0]['msg'].lower()}; it is {self.annotation}") from None
 
@@ -137,5 +141,6 @@ def read_schema(notebook:str|Path)->Schema:
         except ValueError as e: raise SchemaError(f"{at}: {s.target.id}: {str(e) or 'the default is not a literal'}") from None
         try: p.check(p.default)
         except ParameterError as e: raise SchemaError(f"{at}: the default does not fit: {e}") from None
+        if _SECRET.search(p.name): raise SchemaError(f"{at}: {p.name}: parameters are copied into the executed notebook; read a secret from the environment where it is used")
         out[p.name] = p
     return Schema(notebook.name, out)
