@@ -52,14 +52,16 @@ def run_one(notebook:Annotated[str, typer.Argument(help="a notebook with one cel
             section:Annotated[str|None, typer.Option("-s", "--section", help="of the file")]=None,
             param:Annotated[list[str], typer.Option("-p", "--param", metavar="NAME=VALUE", help="one parameter; may be repeated")]=[]):
     "Check the parameters of a notebook, then run it."
-    import yaml
-    from defect_detect.run.notebook import own_process, run_notebook
-    from defect_detect.run.schema import ParameterError, read_schema
+    from defect_detect.run.notebook import own_process, plain_path, run_notebook
+    from defect_detect.run.schema import ParameterError, load_yaml, read_schema
+    for p in (notebook, output): plain_path(p)
     values = {}
     if file:
-        try: values = yaml.safe_load(file.read_text()) or {}
-        except yaml.YAMLError as e: raise ParameterError(f"{file} is not YAML: {e}") from None
-        if section: values = (values.get(section) if isinstance(values, Mapping) else None) or {}
+        try: values = load_yaml(file.read_text(encoding="utf-8")) or {}
+        except (ParameterError, UnicodeDecodeError) as e: raise ParameterError(f"{file}: {e}") from None
+        if section:
+            if not isinstance(values, Mapping) or section not in values: raise ParameterError(f"{file} has no section {section!r}")
+            values = values[section] or {}
         if not isinstance(values, Mapping): raise ParameterError(f"{file} holds no names and values{' under '+section if section else ''}")
     own_process()
     run_notebook(notebook, output, {**values, **read_schema(notebook).parse(param)}, say=lambda s: print(s, flush=True))
@@ -257,7 +259,7 @@ def run_compare(a:Annotated[str, typer.Argument(metavar="A", help="a run")], b:A
                 draws:Annotated[int, typer.Option(min=10, max=100000, help="of the bootstrap over parts")]=500, json_:Json=False):
     "What changed from run A to run B: parameters, data, numbers, verdicts."
     from defect_detect.judge.report import number
-    from defect_detect.run.compare import compare_runs
+    from defect_detect.run.compare import FEW, compare_runs
     from defect_detect.run.pipeline import find_run
     d = compare_runs(*(find_run(n, _project()) for n in (a, b)), draws)
     if json_: return print(json.dumps(d.json()))
@@ -267,6 +269,6 @@ def run_compare(a:Annotated[str, typer.Argument(metavar="A", help="a run")], b:A
     print(f"Test: {t['common']} pictures of {t['parts']} parts by both"+(f"; {', '.join(other)}: left out of what follows" if other else ""))
     if not t["common"]: return print("There is no picture that both tested, so their numbers cannot be compared.")
     print()
-    table([(k, number(m["a"]), number(m["b"]), number(m["difference"]), {"a": f"{a} is better", "b": f"{b} is better"}.get(m["better"], "may be chance")) for k, m in d.metrics.items()], ("number [95 %]", a, b, "difference", ""))
+    table([(k, number(m["a"]), number(m["b"]), number(m["difference"]), {"a": f"{a} is better", "b": f"{b} is better"}.get(m["better"], "may be chance" if m["parts"]>=FEW else f"too few parts: {m['parts']}")) for k, m in d.metrics.items()], ("number [95 %]", a, b, "difference", ""))
     print(f"\n{len(d.verdicts)} pictures changed verdict"+(":" if d.verdicts else ""))
     if d.verdicts: table([("  "+v["image"], v["label"], f"{v['a']} {v['score_a']:.3f}", f"{v['b']} {v['score_b']:.3f}") for v in d.verdicts], ("  picture", "truth", a, b))
