@@ -157,6 +157,17 @@ def test_list_and_compare(project, first):
     assert rc==2 and err=="error: there is no run 'secnd'; did you mean 'second'?\n"
 
 
+def test_record(project, first):
+    "What goes into git: whole, free of secrets and of folders of this machine."
+    rc, out, err = call(project, "run", "record", "first", "--as", "tiles")
+    place = project/"models/tiles"
+    assert rc==0 and sorted(p.name for p in place.iterdir())==["card.md", "dvc.lock", "metrics.json", "params.yaml", "run.json"], err
+    assert (place/"dvc.lock").read_bytes()==(first[0]/"dvc.lock").read_bytes() and hits(project/"models", text=out)==[]
+    assert not [p for p in place.iterdir() if str(project.parent) in p.read_text()]
+    rc, out, err = call(project, "run", "record", "first", "--as", "../x")
+    assert rc==2 and err.count("\n")==1 and not (project/"x").exists()
+
+
 def test_a_run_that_did_not_end_has_no_receipt(project, first):
     run = first[0]
     before = json.loads((run/"run.json").read_text())
