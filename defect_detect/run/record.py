@@ -7,7 +7,6 @@ __all__ = ['RECORD', 'record_run']
 
 # %% ../../nbs/47_run.record.ipynb #6f3892a6
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
