@@ -164,7 +164,7 @@ def _report(folder:Path, took:Mapping):
     from defect_detect.judge.report import KIND_HEAD, kind_rows, metric_rows, text_table
     m = json.loads((folder/"evaluate/metrics.json").read_text())
     print("\n"+", ".join(f"{k} {h}"+(f" {s:.0f} s" if h=="ran" else "") for k, (h, s) in took.items()))
-    print(f"\nTest part: {m['pictures']} pictures of {m['parts']} parts, {m['defective_pictures']} of {m['defective_parts']} defective; 95 % intervals over parts\n")
+    print(f"\nTest part: {m['pictures']} pictures of {m['parts']} parts, {m['defective_pictures']} of {m['defective_parts']} defective; 95 % intervals over parts"+("; LEAKY SPLIT: photographs of these parts stand in train" if m.get("leaky_split") else "")+"\n")
     print(text_table(metric_rows(m), ("what", "value [95 %]", "meaning"))+"\n")
     print(text_table(kind_rows(m), KIND_HEAD)+"\n")
     print("Executed notebooks, to open or change (beside each its HTML):")
