@@ -46,9 +46,9 @@ class Host(BaseHTTPRequestHandler):
         same = self.headers.get("If-Range", s.tag or s.date) in (s.tag, s.date) or s.careless
         at = int(m[1]) if m and s.ranges and same else 0
         if m and s.ranges and at>=len(s.data): self.send_response(416); self.send_header("Content-Length", "0"); return self.end_headers()
-        body = s.data[at:]
+        body = s.data[at:at+s.slice if at and s.slice else None]
         self.send_response(206 if at else 200)
-        if at: self.send_header("Content-Range", s.range or f"bytes {at}-{len(s.data)-1}/{len(s.data)}")
+        if at: self.send_header("Content-Range", s.range or f"bytes {at}-{at+len(body)-1}/{len(s.data)}")
         if s.tag: self.send_header("ETag", s.tag)
         if s.date: self.send_header("Last-Modified", s.date)
         if s.packed: body = gzip.compress(body); self.send_header("Content-Encoding", "gzip")
@@ -71,7 +71,7 @@ class Host(BaseHTTPRequestHandler):
 def host():
     s = ThreadingHTTPServer(("127.0.0.1", 0), Host)
     s.daemon_threads = True
-    s.data, s.tag, s.date, s.ranges, s.range, s.careless, s.packed, s.framing, s.pace = BITS, '"1"', "", True, "", False, False, "length", 0
+    s.data, s.tag, s.date, s.ranges, s.range, s.careless, s.packed, s.framing, s.pace, s.slice = BITS, '"1"', "", True, "", False, False, "length", 0, 0
     s.cuts, s.first, s.asked = [], [], []
     s.url = f"http://127.0.0.1:{s.server_port}/set.zip"
     threading.Thread(target=s.serve_forever, args=(.02,), daemon=True).start()
@@ -89,7 +89,13 @@ def starts(host): return [int(h["Range"][6:-1]) if "Range" in h else 0 for _, h 
 def test_cuts_are_gone_on_with(host, tmp_path):
     host.cuts = [100_000, 50_000, 0, 1, 70_001]
     assert got(host, tmp_path)==BITS and starts(host)==[0, 100_000, 150_000, 150_000, 150_001, 220_002]
-    assert all(h["If-Range"]=='"1"' for _, h in host.asked[1:])
+    assert all(h["If-Range"]=='"1"' for _, h in host.asked[1:]) and all(h["Accept-Encoding"]=="identity" for _, h in host.asked)
+
+
+def test_less_than_was_asked_for(host, tmp_path):
+    "A server may answer a part of the range; that is not the end."
+    host.cuts, host.slice = [100_000], 90_000
+    assert got(host, tmp_path)==BITS and starts(host)==[0, 100_000, 190_000, 280_000]
 
 
 @pytest.mark.parametrize("change", [dict(ranges=False), dict(tag=""), dict(tag='W/"1"'), dict(framing="chunks", ranges=False, tag='W/"x"')])

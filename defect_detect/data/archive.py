@@ -132,7 +132,7 @@ def _pour(f, work, caps, archive_size, whole):
                     dst.write(chunk)
                 if whole and mode & 0o100: os.fchmod(dst.fileno(), os.fstat(dst.fileno()).st_mode | 0o100)
     for name, to in links.items(): os.symlink(to, work/name) # last, and nothing lies below one: a name is never a file and a folder
-    if not any(is_picture(n) for _, n in plan): raise DataError("the zip holds no picture")
+    if not any(is_picture(n) and not is_junk(n) for _, n in plan): raise DataError("the zip holds no picture")
 
 
 def _unpack(f, name, target, caps, durable, whole=False, check=lambda folder: None):
