@@ -54,11 +54,18 @@ def test_a_leaky_split_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path/"prepare").exists()
 
 
-def test_leaky_is_no_claim_about_a_clean_split(tmp_path):
-    write_synth(tmp_path/"data", tiles=20, exposures=2, seed=1, bad=.6)
-    r = stage("1_prepare", tmp_path, "data=data", "leaky=true", "valid=0.3", "test=0.3", "out=prepare")
-    assert r.returncode==0, r.stdout+r.stderr
-    assert not is_leaky(read_table(tmp_path/"prepare/table.csv")) and not json.loads((tmp_path/"prepare/checks.json").read_text())["leaky_split"]
+def test_a_clean_split_is_not_marked_and_keeps_its_sides(tmp_path):
+    "`leaky` allows, it does not claim; parts.csv beside the pictures says who stays where, whatever the seed."
+    data = write_synth(tmp_path/"data", tiles=20, exposures=2, seed=1, bad=.6)
+    t = read_data(data).merge(pd.read_csv(data/"truth.csv")[["image", "tile"]]).assign(group=lambda t: "t"+t.tile.astype(str))
+    t["split"] = split_by_group(t, {"train": .4, "valid": .3, "test": .3}, 5)
+    t[["image", "group", "split"]].iloc[:30].to_csv(data/"parts.csv", index=False) # the last ten pictures are new
+    r = stage("1_prepare", tmp_path, "data=data", "leaky=true", "valid=0.3", "test=0.3", "seed=7", "out=prepare")
+    assert r.returncode==0 and "30 pictures stay on their side" in r.stdout, r.stdout+r.stderr
+    got = read_table(tmp_path/"prepare/table.csv")
+    assert not is_leaky(got) and not json.loads((tmp_path/"prepare/checks.json").read_text())["leaky_split"] and leaks(got)==[]
+    assert got.set_index("image").split[t.image[:30]].tolist()==t.split[:30].tolist()
+    assert pd.read_csv(tmp_path/"prepare/parts.csv").image.tolist()==got.image.tolist()
 
 
 @pytest.mark.parametrize("name,hide,params", [("2_train", "pair", ["out=x"]), ("3_export", "group", ["train=train", "out=x"]), ("4_evaluate", "pair", ["bundle=export/bundle", "out=x"])])
@@ -147,7 +154,9 @@ def plant(data, to):
     Image.fromarray(np.zeros((hidden.height, hidden.width), np.uint8)).save((to/new).with_suffix(".png"))
     empty = t[t.label=="uneven"].iloc[:3]
     for r in empty.itertuples(): Image.fromarray(np.zeros((r.height, r.width), np.uint8)).save(to/r.mask)
-    return (new, t[(t.label=="blowhole")].image.iloc[0]), list(empty.image)
+    with open(to/"truth.csv", newline="", encoding="utf-8") as f: tile = {r["image"]: r["tile"] for r in csv.DictReader(f)}
+    beside = next(i for i in t.image[t.label=="blowhole"] if tile[i]==tile[hidden.image] and i!=hidden.image)
+    return (new, beside), list(empty.image)
 
 
 @pytest.fixture(scope="module")

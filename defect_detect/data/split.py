@@ -111,19 +111,19 @@ def kind_of_parts(table:pd.DataFrame, # with `label`
 
 # %% ../../nbs/12_data.split.ipynb #033b34cc
 def _dealt(parts, side, shares, seed):
-    "Give each row of `parts` (index unit; kind, size) that is not in `side` one."
+    "Give each row of `parts` (index unit; kind, own: pictures of that kind, size: all) that is not in `side` one."
     sides, every = list(shares), dict.fromkeys(shares, 0)
     for u, s in side.items(): every[s] += parts["size"][u]
     total = int(parts["size"].sum())
     drawn = lambda u: hashlib.sha256(f"{seed} {u}".encode()).hexdigest()
     for kind in sorted(set(parts.kind), key=lambda k: (k=="good", int((parts.kind==k).sum()), k)):
-        mine = parts[parts.kind==kind]["size"]
+        mine = parts[parts.kind==kind]["own"]
         have = {s: sum(int(mine[u]) for u in mine.index if side.get(u, None)==s) for s in sides}
         for u in sorted((u for u in mine.index if u not in side), key=drawn):
             to = max(sides, key=lambda s: (round(shares[s]*mine.sum()-have[s], 6), round(shares[s]*total-every[s], 6), shares[s]))
             side[u] = to
             have[to] += int(mine[u])
-            every[to] += int(mine[u])
+            every[to] += int(parts["size"][u])
     return side
 
 
@@ -139,7 +139,8 @@ def split_by_group(table:pd.DataFrame, # with `image`, `group` and `label`
     was = table.image.map(dict(kept or {}))
     odd = was[was.notna() & ~was.isin(list(shares))]
     if len(odd): raise DataError(f"{table.image[odd.index[0]]} was on the side {str(odd.iloc[0])[:40]!r}; sides are {', '.join(map(str, shares))}")
-    parts = pd.DataFrame(dict(kind=kind_of_parts(table, unit), size=table.groupby(unit).size()))
+    kind = kind_of_parts(table, unit)
+    parts = pd.DataFrame(dict(kind=kind, own=(table.label==unit.map(kind)).groupby(unit).sum(), size=table.groupby(unit).size()))
     order = list(shares)
     side = was[was.notna()].groupby(unit).agg(lambda s: min(s, key=order.index)).to_dict()
     return unit.map(_dealt(parts, side, shares, seed)).rename("split")
