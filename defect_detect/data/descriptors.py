@@ -126,7 +126,7 @@ def in_threads(f:Callable, items:Iterable, n:int|None=None, # threads; None: as 
 # %% ../../nbs/1f_data.descriptors.ipynb #ea65d418
 def candidates(vectors:np.ndarray, # (n,LENGTH) int8, from `descriptor`
                k:int=12, # partners kept of each picture
-               least:float=0.2, # cosine from which two are partners
+               least:float=0.25, # cosine from which two are partners
 )->dict[tuple[int, int], float]: # (i,j) with i<j -> cosine; sorted
     "Find the pairs that are worth registering."
     import faiss # 0.2 s

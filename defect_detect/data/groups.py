@@ -38,7 +38,7 @@ def spread(a:Sequence[int], b:Sequence[int], most:int)->list[tuple[int, int]]: #
     n = len(a)*len(b)
     return [(a[k//len(b)], b[k%len(b)]) for k in (range(n) if n<=most else (np.arange(most)*n//most).tolist())]
 
-
+# %% ../../nbs/11_data.groups.ipynb #682de075
 def cluster(n:int, # number of pictures
             links:Iterable[Link], # at or above `threshold`
             weigh:Callable[[int, int, tuple[int, int]], float], # correlation of two pictures at about a shift; -1 where they do not overlap
@@ -71,7 +71,7 @@ def join(n:int, # number of pictures
     "Connected components of `links`."
     return cluster(n, [Link(1., i, j, 0, 0) for i, j in links], lambda *_: -1., 0.)[0]
 
-# %% ../../nbs/11_data.groups.ipynb #7d58f79d
+# %% ../../nbs/11_data.groups.ipynb #8d4e5f10
 def name_links(table:pd.DataFrame, # with `exposure` and `number`, or without
                gap:int=500, # of numbers that starts a new part
 )->list[tuple[int, int]]: # pairs of row positions
@@ -85,7 +85,7 @@ def name_links(table:pd.DataFrame, # with `exposure` and `number`, or without
         last[r.label] = r
     return links
 
-
+# %% ../../nbs/11_data.groups.ipynb #7d58f79d
 def name_parts(table:pd.DataFrame,
                names:bool|str, # True: by `name_links`; a column; or a pattern with named groups, searched in `image`
 )->np.ndarray: # (n,) the position of the first picture of each picture's part; -1 where names say nothing
@@ -105,7 +105,7 @@ def name_parts(table:pd.DataFrame,
     first = {}
     return np.array([-1 if v is None else first.setdefault(v, i) for i, v in enumerate(key)], int)
 
-# %% ../../nbs/11_data.groups.ipynb #3928fc11
+# %% ../../nbs/11_data.groups.ipynb #949b7591
 class Pairs:
     "Pictures that can be compared, and what came of it."
     def __init__(self, root:str|Path, rows:Sequence, # of the table, each content once, sorted by hash
@@ -142,7 +142,7 @@ class Pairs:
 
     def links(self, threshold:float)->list[Link]: return [Link(f.correlation, i, j, f.dy, f.dx, f.turn) for (i, j), f in self.known.items() if f.correlation>=threshold]
 
-# %% ../../nbs/11_data.groups.ipynb #fceacc91
+# %% ../../nbs/11_data.groups.ipynb #0aece394
 def measure_named(pairs:Pairs, part:Mapping[int, int], # picture -> what names call its part, where they say anything
                   threshold:float, most:int=9):
     "Register pictures that names link and that are not linked so far: names say where to look."
@@ -183,7 +183,7 @@ def strangers(pairs:Pairs,
     centre = float(np.clip(quarter+.674*spread, 0, 1))
     return round(centre, 4), round(float(min(centre+6*spread, (1+centre)/2)), 4)
 
-# %% ../../nbs/11_data.groups.ipynb #0ccf00b1
+# %% ../../nbs/11_data.groups.ipynb #4e7b98da
 class Grouping(NamedTuple):
     "What is known about which pictures show one part."
     group: pd.Series # name of the part of each row
@@ -209,7 +209,7 @@ def _named(top, sha):
     digits = next(d for d in (12, 16, 64) if least.str[:d].nunique()==least.nunique())
     return ("g"+least.str[:digits]).tolist()
 
-# %% ../../nbs/11_data.groups.ipynb #352a5857
+# %% ../../nbs/11_data.groups.ipynb #7747162f
 def _witnesses(pairs, named, of, threshold, bar):
     "Measure what is worth it; returns the part of each content according to names."
     n = len(named)
@@ -220,7 +220,7 @@ def _witnesses(pairs, named, of, threshold, bar):
     measure_named(pairs, part, threshold)
     return part
 
-
+# %% ../../nbs/11_data.groups.ipynb #2a1c659f
 def group_pictures(root:str|Path, # the data folder
                    table:pd.DataFrame, # from `read_data`
                    threshold:float=0.3, # correlation from which two pictures show one part; raised where `strangers` come near it
@@ -253,7 +253,7 @@ def group_pictures(root:str|Path, # the data folder
                     _frame(images, [(r, of[i][0], of[j][0], 0, 0, 0., why) for r, i, j, why in disagreements(pairs, part, top, threshold)], ["why"]).drop(columns=["dy", "dx", "turn"]),
                     threshold, centre)
 
-
+# %% ../../nbs/11_data.groups.ipynb #352a5857
 def find_groups(root:str|Path, # the data folder
                 table:pd.DataFrame, # from `read_data`
                 threshold:float=0.3, # correlation from which two pictures show one part

@@ -78,7 +78,7 @@ def overlap_correlation(a:np.ndarray, # (h,w) float32 texture
     dot = lambda u, v: float(np.einsum("ij,ij->", u, v))
     return dot(p, q)/(math.sqrt(dot(p, p)*dot(q, q))+1e-6)
 
-
+# %% ../../nbs/1e_data.register.ipynb #33abc61d
 def likely_shifts(a:np.ndarray, b:np.ndarray, # (h,w) float32 textures
                   n:int=3, # shifts wanted, best first
                   least:float=0.5, # share of the smaller picture that must overlap
@@ -97,7 +97,7 @@ def likely_shifts(a:np.ndarray, b:np.ndarray, # (h,w) float32 textures
         z[np.ix_(np.arange(y-2, y+3)%size[0], np.arange(x-2, x+3)%size[1])] = -np.inf
     return out
 
-# %% ../../nbs/1e_data.register.ipynb #647a44f2
+# %% ../../nbs/1e_data.register.ipynb #e1d51123
 def climb(a:np.ndarray, b:np.ndarray, # (h,w) float32 textures
           shift:tuple[int, int], # to start from, in px
           steps:int=4, # of 1 px at most
@@ -114,7 +114,7 @@ def climb(a:np.ndarray, b:np.ndarray, # (h,w) float32 textures
         shift = best[1:]
     return at(shift), *shift
 
-# %% ../../nbs/1e_data.register.ipynb #93250a29
+# %% ../../nbs/1e_data.register.ipynb #1d2e643c
 class Fit(NamedTuple):
     "How one picture lies in another."
     correlation: float # of the fine texture, in [-1,1]
@@ -129,7 +129,7 @@ def turned(a:np.ndarray, # (h,w) float32 texture, or a picture
     "Turn `a`."
     return np.asarray(Image.fromarray(a).rotate(degrees, Image.Resampling.BILINEAR)) if degrees else a
 
-
+# %% ../../nbs/1e_data.register.ipynb #e30a3e3a
 def climb_turns(a:np.ndarray, b:np.ndarray, # (h,w) float32 textures
                 best:Fit, # without a turn
                 step:float=0.6, # degrees
@@ -155,7 +155,7 @@ def fit(a:Textures, b:Textures,
     best = Fit(*max(climb(*fine, (2*y, 2*x)) for y, x in likely_shifts(f(a.coarse), f(b.coarse))))
     return best if best.correlation>=convincing else climb_turns(*fine, best)
 
-# %% ../../nbs/1e_data.register.ipynb #7cd4872e
+# %% ../../nbs/1e_data.register.ipynb #8efaaa37
 def locate(a:np.ndarray, # (h,w,3) uint8
            b:np.ndarray, # (h,w,3) uint8
 )->Fit: # in px of the pictures
