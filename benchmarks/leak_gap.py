@@ -72,7 +72,7 @@ def main():
     p.add_argument("data")
     for name, default in dict(folds=4, epochs=10, size=224, seed=0).items(): p.add_argument(f"--{name}", type=int, default=default)
     p.add_argument("--out", type=Path, default=Path("runs/leak_gap"), help="where each training writes its scores")
-    p.add_argument("--record", type=Path, help="JSON file for the result; the tutorial shows benchmarks/leak_gap.json")
+    p.add_argument("--record", type=Path, help="JSON file for the result; judge.survey.show_gap draws it")
     a = p.parse_args()
     table, spec = read_data(a.data), InputSpec(height=a.size, width=a.size)
     table["group"], _ = find_groups(a.data, table)
