@@ -48,7 +48,7 @@ def _draws(groups, n, seed):
 
 def _middle(values):
     v = np.array(list(values), float)
-    if np.isnan(v).mean()>.5 or not len(v): return float("nan"), float("nan")
+    if not len(v) or np.isnan(v).mean()>.5: return float("nan"), float("nan")
     return tuple(float(x) for x in np.nanpercentile(v, [2.5, 97.5]))
 
 
