@@ -134,5 +134,5 @@ def poison_bundle(folder):
     for i, n in enumerate(new): m.graph.node.insert(i, n)
     for n in m.graph.node[len(new):]:
         for i, name in enumerate(n.input): n.input[i] = "seen" if name == "image" else name
-    card = BundleCard(name="example-poison", classes=("background", "spot"), input=spec, operating_point=OperatingPoint(score_pixels=8))
+    card = BundleCard(name="example-poison", classes=("background", "spot"), input=spec, batches=(1, 2, 4, 8), operating_point=OperatingPoint(score_pixels=8))
     return write_bundle(folder, card, m.SerializeToString(deterministic=True))

@@ -20,7 +20,7 @@ from serving import WEB, address, assert_problem, encode, head, metric, metrics,
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory): return example_bundle(tmp_path_factory.mktemp("queue")/"bundle", InputSpec(height=64, width=64))
+def bundle(tmp_path_factory): return example_bundle(tmp_path_factory.mktemp("queue")/"bundle", InputSpec(height=64, width=64), batches=(1, 2, 4, 8))
 
 
 @pytest.fixture(scope="module")

@@ -231,8 +231,9 @@ def example_model(spec:InputSpec, # its size is fixed in the model
 def example_bundle(folder:str|Path, # must not exist
                    spec:InputSpec=InputSpec(height=128, width=128),
                    kinds:tuple[str, ...]=("spot",), # kinds of defect
+                   batches:tuple[int, ...]=(1,), # how many pictures may run together
 )->Path:
     "Write a whole bundle around `example_model`."
-    card = BundleCard(name="example-spot", classes=("background", *kinds), input=spec,
+    card = BundleCard(name="example-spot", classes=("background", *kinds), input=spec, batches=batches,
                       operating_point=OperatingPoint(score_pixels=8, chosen_for="an example, not chosen by data"))
     return write_bundle(folder, card, example_model(spec, kinds=len(kinds)), notice="A hand-made example; nothing of others is inside.\n")

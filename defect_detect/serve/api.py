@@ -24,7 +24,7 @@ from .. import __version__
 from ..core.bundle import BundleError
 from ..core.image import DecodeError, decode
 from ..core.predictor import Prediction, Predictor
-from .batcher import Batcher, Job, sizes_of
+from .batcher import Batcher, Job
 from .body import DECLARED, Held, files_of, kind_of, picture_of, read_body
 from .envelope import LOG, Envelope, refuse
 from .guard import Guard, needs
@@ -47,16 +47,15 @@ class Service:
         self.predictor: Predictor | None = None # set after the warm-up
         self.error = self.note = "" # why there will be none; why a bundle that appeared is not served
         self.draining = self.closing = False # is it to be said that it is not ready? do connections end with their answers?
-        self.plan = {}
+        self.sizes = (1,) # numbers of pictures that may run together
 
     def load(self):
-        "Verify and load the bundle, find out how many pictures run together, and predict once."
+        "Verify and load the bundle, and predict once with every number of pictures that it plans."
         p, s = Predictor.load(self.settings.bundle, self.settings.threads), self.settings
-        sizes, why = sizes_of(p, s.max_batch or getattr(getattr(p.card, "plan", None), "batch", 0) or 0)
-        p.predict([np.zeros((p.card.input.height, p.card.input.width, 3), np.uint8)]*sizes[-1], sizes[-1])
-        self.plan = dict(threads=s.threads, together=sizes[-1], why=why)
-        LOG.info("loaded", extra=dict(fields=dict(bundle=p.tag, engine=p.card.engine, precision=p.card.precision, **self.plan)))
-        self.batcher.start(p, sizes)
+        self.sizes = tuple(n for n in p.card.batches if n<=(s.max_batch or 64))
+        for n in self.sizes: p.predict([np.zeros((p.card.input.height, p.card.input.width, 3), np.uint8)]*n, n)
+        LOG.info("loaded", extra=dict(fields=dict(bundle=p.tag, runs=p.runs, batches=list(self.sizes))))
+        self.batcher.start(p, self.sizes)
         self.metrics.bundle.labels(p.card.name, p.bundle.version).set(1)
         self.metrics.ready.set(1)
         self.predictor = p
@@ -275,7 +274,7 @@ def add_predict(desk:Desk)->APIRouter:
 
     @r.get("/model", responses=_refusals(401, 403, 503, but=("foreign_origin", "wrong_scope", "busy")), summary="Which model answers")
     async def model()->ModelCard:
-        return card_of(service.loaded().bundle, desk.settings.limits, service.plan)
+        return card_of(service.loaded(), desk.settings.limits, service.sizes)
     return r
 
 

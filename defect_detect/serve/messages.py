@@ -8,13 +8,14 @@ __all__ = ['PREFIX', 'PROBLEMS', 'EXAMPLE', 'Problem', 'ProblemError', 'problem'
 
 # %% ../../nbs/60_serve.messages.ipynb #5ce3acd8
 import base64
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.bundle import Bundle, OperatingPoint
 from ..core.image import InputSpec, Limits
-from ..core.predictor import Prediction
+from ..core.predictor import Prediction, Predictor
 from .shapes import coco_rle, mask_png, outlines
 
 # %% ../../nbs/60_serve.messages.ipynb #0082b204
@@ -186,18 +187,20 @@ class ModelCard(_Message):
     version: str = Field(description="the bundle's hash, 12 hex digits")
     classes: tuple[str, ...] = Field(description="background first; the index is the value in the mask")
     input: InputSpec
-    engine: str
+    engine: str = Field(description="as planned, like `precision`")
     precision: str
+    runs: str = Field(description="what answers here, and why where it is not what was planned")
+    batches: tuple[int, ...] = Field(description="how many pictures may run together")
     operating_point: OperatingPoint
-    plan: dict[str, Any] = Field(default_factory=dict, description="how it runs: threads, and how many pictures run together")
     hashes: dict[str, str] = Field(description="sha256 of data, params, lock and code it was made from")
     limits: Limits = Field(description="what pictures are accepted")
 
 
-def card_of(bundle:Bundle,
+def card_of(predictor:Predictor,
             limits:Limits,
-            plan:dict|None=None, # how the service runs it
+            batches:Sequence[int]|None=None, # how many pictures may run together; None: as the bundle plans
 )->ModelCard:
-    "Describe `bundle`."
-    said = {k: getattr(bundle.card, k) for k in ModelCard.model_fields if k in type(bundle.card).model_fields}
-    return ModelCard(version=bundle.version, limits=limits, **said|dict(plan=plan or {}))
+    "Describe what `predictor` serves."
+    card = predictor.card
+    said = {k: getattr(card, k) for k in ModelCard.model_fields if k in type(card).model_fields}
+    return ModelCard(version=predictor.bundle.version, runs=predictor.runs, limits=limits, **said|dict(batches=tuple(batches or card.batches)))

@@ -152,9 +152,7 @@ class Child:
 class Parent:
     "Keeps `settings.workers` workers on a socket."
     def __init__(self, settings:Settings, sock:socket.socket, folder:Path):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share_of = settings.threads or (max(1, cores//settings.workers) if settings.workers>1 else 0)
-        self.settings, self.sock, self.folder = settings.model_copy(update=dict(threads=share_of)), sock, folder
+        self.settings, self.sock, self.folder = settings, sock, folder
         self.children: set[Child] = set()
         self.watchers: set[asyncio.Task] = set()
         self.bundle, self.mark, self.note, self.stopping, self.fell = settings.bundle, "", "", asyncio.Event(), 0
