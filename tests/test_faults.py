@@ -204,6 +204,21 @@ def test_stopped_in_every_stage(project, pictures, undisturbed):
     assert (run/"dvc.lock").read_bytes()==undisturbed and (run/"index.html").exists() and not left_over(run)
 
 
+@pytest.mark.parametrize("half", ["rwlock", "dvc.lock", "dvc.lock in a word"])
+def test_what_a_killed_dvc_leaves_half(project, pictures, undisturbed, half):
+    "DVC writes its lock files in place: one cut by a kill is no obstacle, and the end is the same."
+    run, words = project/"runs/x", ["run", "pipeline", "x", "--data", pictures, *QUICK]
+    rc, out, err = call(*words, cwd=project)
+    assert rc==0, out+err
+    if half=="rwlock": (run/".dvc/tmp/rwlock").write_text("")
+    else:
+        whole = (run/"dvc.lock").read_text()
+        (run/"dvc.lock").write_text(whole[:whole.index("\n  train:")+8] if half=="dvc.lock" else whole[:len(whole)//2]+"\n- ]")
+    rc, out, err = call(*words, cwd=project)
+    assert rc==0, out+err
+    assert (run/"dvc.lock").read_bytes()==undisturbed
+
+
 def test_a_killed_kernel(tmp_path):
     "What running out of memory looks like."
     import nbformat

@@ -227,6 +227,16 @@ def _forget(run, stage):
     for ending in (".run.json", ".ipynb", ".html", ".failed.ipynb", ".failed.html"): book.with_suffix(ending).unlink(missing_ok=True)
 
 
+def _mend(run):
+    "Take away what a killed DVC left half of: it writes these two files in place. Only whoever holds the run may."
+    (run/".dvc/tmp/rwlock").unlink(missing_ok=True)
+    if not (run/"dvc.lock").exists(): return
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA # heavy
+    from voluptuous import Invalid
+    try: COMPILED_LOCKFILE_SCHEMA(yaml.safe_load((run/"dvc.lock").read_text()))
+    except (yaml.YAMLError, Invalid, UnicodeDecodeError): (run/"dvc.lock").unlink() # the cache of runs still knows what was done
+
+
 def repro(run:str|Path, # from `make_run`
           force:bool=False, # run every stage, changed or not
           say:Callable[[str], None]=print, # gets progress, a line at a time
@@ -236,7 +246,10 @@ def repro(run:str|Path, # from `make_run`
     n, done, last, tail, failed, t0 = len(yaml.safe_load((run/"dvc.yaml").read_text())["stages"]), {}, None, [], None, time.monotonic()
     began, about = now(), circumstances(run/yaml.safe_load((run/"params.yaml").read_text()).get("root", ".")/"dvc.yaml", {**os.environ, **QUIET})
     env = {**os.environ, **QUIET, OWNER: str(os.getpid()), "PYTHONUNBUFFERED": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    with hold(run.name, run.parents[1]), subprocess.Popen([sys.executable, "-c", _DVC, "repro", *(["--force"] if force else [])], cwd=run, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+    with contextlib.ExitStack() as at_end:
+        at_end.enter_context(hold(run.name, run.parents[1]))
+        _mend(run)
+        p = at_end.enter_context(subprocess.Popen([sys.executable, "-c", _DVC, "repro", *(["--force"] if force else [])], cwd=run, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         _mind_disk(p, run)
         (run/"run.json").unlink(missing_ok=True) # of the run before
         try:
