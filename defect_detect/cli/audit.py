@@ -41,7 +41,7 @@ def _png(sheet): # before the pixels are looked at, which takes a while
 
 # %% ../../nbs/94_cli.audit.ipynb #f874a590
 @data_group.command("groups", epilog="Example: defect-detect data groups data/demo --sheet parts.png")
-def data_groups(folder:_Pictures, threshold:_Threshold=.4, names:_Names="auto", cache:_Cache=None, sheet:_Sheet=None, json_:Json=False):
+def data_groups(folder:_Pictures, threshold:_Threshold=.3, names:_Names="auto", cache:_Cache=None, sheet:_Sheet=None, json_:Json=False):
     "Find which pictures show the same part."
     _png(sheet)
     with _grouped(folder, threshold, names, cache) as (f, t, g):
@@ -80,7 +80,7 @@ def data_split(folder:_Pictures,
                test:Annotated[float, typer.Option(min=.01, max=.49, help="share of the pictures")]=.25,
                keep:Annotated[Path|None, typer.Option("--keep", metavar="parts.csv", help="a ledger whose sides stay; else parts.csv in the folder, where there is one")]=None,
                whole:Annotated[bool, typer.Option("--whole", help="write the whole table, as 1_prepare does, not the ledger")]=False,
-               threshold:_Threshold=.4, names:_Names="auto", cache:_Cache=None, json_:Json=False):
+               threshold:_Threshold=.3, names:_Names="auto", cache:_Cache=None, json_:Json=False):
     "Put whole parts on the sides of a split, and leave those that have a side where they are."
     from defect_detect.core.files import write_whole
     from defect_detect.data.layouts import DataError
@@ -123,7 +123,7 @@ def _pictures(split, data):
 @data_group.command("leaks", epilog="Example: defect-detect data leaks published_split.csv --data pictures --sheet worst.png")
 def data_leaks(split:Annotated[Path, typer.Argument(help="CSV with a column of names (image, name, file) and one of sides (split, part, set, fold), or a folder with train/ and test/")],
                data:Annotated[Path|None, typer.Option(help="the pictures; else they are looked for beside the CSV, or in the folder")]=None,
-               threshold:_Threshold=.4, cache:_Cache=None, sheet:_Sheet=None, json_:Json=False):
+               threshold:_Threshold=.3, cache:_Cache=None, sheet:_Sheet=None, json_:Json=False):
     "Count the test pictures that have a photograph of the same part in train; exit 1 when there are any."
     _png(sheet)
     from defect_detect.data.groups import find_groups
@@ -169,7 +169,7 @@ def _say_leaks(a, sheet, json_)->int:
 def data_conflicts(folder:_Pictures,
                    out:Annotated[Path, typer.Option("--out", metavar="review.csv", help="the list, for a person to decide in")],
                    limit:Annotated[float, typer.Option(min=0, max=1, help="overlap (IoU) from which two masks of a part agree")]=.3,
-                   threshold:_Threshold=.4, names:_Names="auto", cache:_Cache=None, sheet:_Sheet=None, json_:Json=False):
+                   threshold:_Threshold=.3, names:_Names="auto", cache:_Cache=None, sheet:_Sheet=None, json_:Json=False):
     "List the pictures whose label or mask contradicts others of their part."
     _png(sheet)
     from defect_detect.data.conflicts import agreement_by_kind, find_conflicts, mask_agreement, write_review

@@ -62,7 +62,7 @@ def _count(v, n): return round(v["value"]*n) if v["value"] is not None else 0
 def _files(run):
     books = [(f"notebooks/{p.name}", p.stem.replace("_", " ")) for p in sorted((run/"notebooks").glob("?_*.html"))]
     rows = [("notebooks", books), ("to open and change", [(h.replace(".html", ".ipynb"), Path(h).stem+".ipynb") for h, _ in books])]
-    for what, names in (("data", ("prepare/table.csv", "prepare/pairs.csv", "prepare/parts.csv", "prepare/review.csv")), ("results", ("evaluate/metrics.json", "evaluate/predictions.csv", "evaluate/card.md")), ("receipt", ("dvc.lock", "params.yaml")), ("what ships", ("export/bundle/bundle.json", "export/bundle/model.onnx"))):
+    for what, names in (("data", ("prepare/table.csv", "prepare/pairs.csv", "prepare/parts.csv", "prepare/review.csv")), ("results", ("evaluate/metrics.json", "evaluate/predictions.csv", "evaluate/card.md")), ("receipt", ("run.json", "dvc.lock", "params.yaml")), ("what ships", ("export/bundle/bundle.json", "export/bundle/model.onnx"))):
         rows.append((what, [(n, n) for n in names if (run/n).exists()]))
     return [(what, links) for what, links in rows if links]
 
