@@ -81,7 +81,7 @@ def canvas(b):
 @pytest.mark.parametrize("width", [1280, 400])
 def test_page(bundle, browser, picture, width):
     size(browser, width)
-    with background(Settings(bundle=bundle, threads=1, max_batch=1)) as u:
+    with background(Settings(bundle=bundle, threads=1)) as u:
         judge(browser, u, picture)
         want = WEB.post(f"{u}/v1/predict", content=picture.read_bytes(), headers={"content-type": "image/png"}).json()
         assert text(browser, "#verdict") == "Defective" and f"{want['score']:.3f}" in text(browser, "#score")
@@ -111,14 +111,14 @@ def test_page(bundle, browser, picture, width):
 def test_a_good_part_and_one_to_look_at(bundle, browser, tmp_path):
     size(browser, 1280)
     (tmp_path/"good.png").write_bytes(encode(plate()))
-    with background(Settings(bundle=bundle, threads=1, max_batch=1)) as u:
+    with background(Settings(bundle=bundle, threads=1)) as u:
         judge(browser, u, tmp_path/"good.png")
         assert text(browser, "#verdict") == "Good" and "No region" in text(browser, "#more")
         shot(browser, "page-good.png")
 
 
 def test_a_token_is_asked_for(bundle, browser, picture):
-    with background(Settings(bundle=bundle, threads=1, max_batch=1, token=TOKEN)) as u:
+    with background(Settings(bundle=bundle, threads=1, token=TOKEN)) as u:
         browser.get(u)
         wait(browser, lambda: browser.find_element(By.ID, "ask").is_displayed())
         browser.find_element(By.ID, "token").send_keys("wrong")
@@ -136,7 +136,7 @@ def test_a_token_is_asked_for(bundle, browser, picture):
 
 def test_the_policy_stops_what_should_not_run(bundle, browser):
     "A script, a style and a picture from elsewhere, put into the page as somebody would who had found a hole."
-    with background(Settings(bundle=bundle, threads=1, max_batch=1)) as u:
+    with background(Settings(bundle=bundle, threads=1)) as u:
         browser.get(u)
         browser.get_log("browser")
         browser.execute_script("""const s = document.createElement('script'); s.textContent = "document.title = 'run'"; document.body.append(s);
@@ -156,7 +156,7 @@ def test_the_policy_is_needed(bundle, browser, monkeypatch):
     "Without it the same script runs."
     from defect_detect.serve import page
     monkeypatch.setitem(page.SAFE, "Content-Security-Policy", "default-src * 'unsafe-inline'")
-    with background(Settings(bundle=bundle, threads=1, max_batch=1)) as u:
+    with background(Settings(bundle=bundle, threads=1)) as u:
         browser.get(u)
         browser.execute_script("""const s = document.createElement('script'); s.textContent = "document.title = 'run'"; document.body.append(s)""")
         assert browser.title == "run"

@@ -17,7 +17,6 @@ from defect_detect.serve import process as ours
 from serving import SERVE, WEB, encode, metric, plate, post, process, records, slow_bundle, wait_for
 
 GOOD = encode(plate(holes=((100, 60),)))
-FAST = ("-p", "max_batch=1")
 
 
 def bundle_of(folder, side): return example_bundle(folder, InputSpec(height=side, width=side))
@@ -84,7 +83,7 @@ def _status(url):
 @pytest.mark.scaled
 @pytest.mark.parametrize("workers", [1, 2])
 def test_graceful_stop(bundle, workers, many):
-    rounds = [stopped([bundle, "--workers", workers, *FAST], after=.05*i) for i in range(many(2, 50))]
+    rounds = [stopped([bundle, "--workers", workers], after=.05*i) for i in range(many(2, 50))]
     print(f"{sum(r['answered'] for r in rounds)} answered; longest stop {max(r['seconds'] for r in rounds):.1f} s; connections cut before a request was taken: {sum(len(r['cut']) for r in rounds)}")
     for r in rounds: assert r["code"] == 0 and r["seconds"]<=30 and r["lost"] == [] and r["ready"] and r["answered"]>5, r
     assert sum(len(r["cut"]) for r in rounds)<=len(rounds)//10
@@ -93,7 +92,7 @@ def test_graceful_stop(bundle, workers, many):
 def test_graceful_stop_sees_a_fault(tmp_path):
     "kill -9 loses what is in work."
     slow = slow_bundle(tmp_path/"slow", 512)
-    r = stopped([slow, *FAST], signal.SIGKILL, drain=0)
+    r = stopped([slow], signal.SIGKILL, drain=0)
     assert r["code"] == -9 and r["cut"]
 
 
@@ -113,7 +112,7 @@ def workers_of(p): return psutil.Process(p.pid).children()
 
 def killed(bundle, rounds, workers=2):
     "Kill a worker again and again under load: requests that hung, that ended otherwise than they may, and the longest time without an answer."
-    with process(bundle, "--workers", workers, *FAST) as (p, u, log), Load(u, 4) as load:
+    with process(bundle, "--workers", workers) as (p, u, log), Load(u, 4) as load:
         wait_for(lambda: len(load.seen)>5)
         for _ in range(rounds):
             wait_for(lambda: metric(u, "ready")>=workers, 30, .1)
@@ -138,7 +137,7 @@ def test_worker_kill(bundle, many):
 
 def test_one_worker_is_restarted(bundle):
     "Also the only one; a connection that came meanwhile is answered by the next."
-    with process("--watch", bundle.parent, *FAST) as (p, u, log):
+    with process("--watch", bundle.parent) as (p, u, log):
         t = time.monotonic()
         workers_of(p)[0].kill()
         assert wait_for(lambda: _status(f"{u}/healthz/ready") == 200, 20)
@@ -149,7 +148,7 @@ def test_one_worker_is_restarted(bundle):
 def test_worker_kill_sees_a_fault(bundle, monkeypatch, tmp_path):
     "A parent that starts no new worker."
     (tmp_path/"sitecustomize.py").write_text("import defect_detect.serve.process as p\nasync def nothing(self, old): pass\np.Parent.replace = nothing\n")
-    with process(bundle, "--workers", 2, *FAST, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}) as (p, u, log):
+    with process(bundle, "--workers", 2, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}) as (p, u, log):
         workers_of(p)[0].kill()
         assert wait_for(lambda: len(workers_of(p)) == 1) and not wait_for(lambda: len(workers_of(p)) == 2, 3)
 
@@ -164,7 +163,7 @@ def swapped(folder, rounds, bad_every=5, workers=1):
         p = Predictor.load(bundle_of(folder.parent/f"ref{s}", s), 1)
         scores[p.bundle.version], tags[s] = p.predict([decode(GOOD)])[0].score, p.bundle.version
     assert first
-    with process("--watch", folder, "--workers", workers, *FAST) as (p, u, log), Load(u, 4) as load:
+    with process("--watch", folder, "--workers", workers) as (p, u, log), Load(u, 4) as load:
         def now(): return WEB.get(f"{u}/healthz/ready").json()
         wait_for(lambda: len(load.seen)>5)
         refused = taken = 0
@@ -198,7 +197,7 @@ def test_hot_swap_sees_a_fault(tmp_path):
     (tmp_path/"sitecustomize.py").write_text("import defect_detect.serve.process as p\nreal = p.Child.tell\ndef tell(self, **o):\n    return self.kill() if 'drain' in o else real(self, **o)\np.Child.tell = tell\n")
     (tmp_path/"watched").mkdir()
     slow = slow_bundle(tmp_path/"watched/a", 512)
-    with process("--watch", slow.parent, *FAST, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}) as (p, u, log), Load(u, 4) as load:
+    with process("--watch", slow.parent, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}) as (p, u, log), Load(u, 4) as load:
         wait_for(lambda: len(load.seen)>3)
         shutil.copytree(slow, tmp_path/"watched/.b")
         bundle_of(tmp_path/"watched/.c", 64).rename(tmp_path/"watched/c")
@@ -213,7 +212,7 @@ def test_cold_start(bundle):
     spent = []
     for _ in range(100):
         t = time.monotonic()
-        with process(bundle, *FAST) as (p, u, log):
+        with process(bundle) as (p, u, log):
             assert _status(f"{u}/healthz/ready") == 200
             spent.append(time.monotonic()-t)
             p.kill()
@@ -224,7 +223,7 @@ def test_cold_start(bundle):
 
 def test_workers_add_up(bundle):
     "One scrape tells of all workers, also of one that has died."
-    with process(bundle, "--workers", 2, *FAST) as (p, u, log):
+    with process(bundle, "--workers", 2) as (p, u, log):
         wait_for(lambda: metric(u, "ready") == 2)
         with Load(u, 4) as load: wait_for(lambda: len(load.seen)>=60)
         said = lambda: metric(u, 'verdicts_total{verdict="defect"}')
@@ -240,7 +239,7 @@ def test_workers_add_up(bundle):
 
 
 def test_nobody_is_left_when_the_parent_is_killed(bundle):
-    with process(bundle, "--workers", 2, *FAST) as (p, u, log):
+    with process(bundle, "--workers", 2) as (p, u, log):
         kids = workers_of(p)
         p.kill()
         p.wait()

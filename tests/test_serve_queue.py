@@ -71,7 +71,7 @@ def test_queue_exact_sees_a_fault(bundle, monkeypatch):
 def deadlines(slow, n, monkeypatch):
     "Requests with 150 ms behind a network that is held: how they ended, how late, and how many pictures were run."
     gate = Gate(monkeypatch)
-    with background(Settings(bundle=slow, threads=1, max_batch=1, max_waiting=n+8)) as u, ThreadPoolExecutor(64) as pool:
+    with background(Settings(bundle=slow, threads=1, max_waiting=n+8)) as u, ThreadPoolExecutor(64) as pool:
         body = encode(plate(64, 64))
         before = metric(u, 'pictures_total{fate="executed"}')
         gate.open.clear()
@@ -183,7 +183,7 @@ def left_behind(u, seconds=2.):
 
 
 def test_disconnect_cleanup(slow):
-    with background(Settings(bundle=slow, threads=1, max_batch=1, max_waiting=600, body_seconds=5)) as u:
+    with background(Settings(bundle=slow, threads=1, max_waiting=600, body_seconds=5)) as u:
         post(u, encode(plate())).raise_for_status()
         before = len(os.listdir("/dev/fd"))
         vanish(u, 500)
@@ -197,7 +197,7 @@ def test_disconnect_cleanup(slow):
 def test_disconnect_cleanup_sees_a_fault(slow, monkeypatch):
     async def deaf(request): await batcher.asyncio.sleep(3600)
     monkeypatch.setattr("defect_detect.serve.api._left", deaf)
-    with background(Settings(bundle=slow, threads=1, max_batch=1, max_waiting=600)) as u:
+    with background(Settings(bundle=slow, threads=1, max_waiting=600)) as u:
         vanish(u, 150)
         assert left_behind(u, 1.)
 
@@ -205,7 +205,7 @@ def test_disconnect_cleanup_sees_a_fault(slow, monkeypatch):
 def test_health_is_true(slow, monkeypatch):
     "Live and ready while the queue is full; not ready when it is being stopped is in the tests of processes."
     gate = Gate(monkeypatch)
-    with background(Settings(bundle=slow, threads=1, max_batch=1, max_waiting=4)) as u, ThreadPoolExecutor(16) as pool:
+    with background(Settings(bundle=slow, threads=1, max_waiting=4)) as u, ThreadPoolExecutor(16) as pool:
         gate.open.clear()
         jobs = [pool.submit(post, u, encode(plate(1500, 1500))) for _ in range(12)]
         spent = []
@@ -221,12 +221,15 @@ def test_health_is_true(slow, monkeypatch):
 
 def test_health_sees_a_fault(slow, monkeypatch):
     "A service that works in its event loop does not answer meanwhile."
-    async def blocking(self, jobs, gone=None): return [j.finish(self.predictor.predict([j.decode()])[0], j) for j in jobs]
+    gate, begun = threading.Event(), threading.Event()
+    async def blocking(self, jobs, gone=None):
+        begun.set()
+        gate.wait(20)
+        return [j.finish(self.predictor.predict([j.decode()])[0], j) for j in jobs]
     monkeypatch.setattr(Batcher, "submit", blocking)
-    with background(Settings(bundle=slow, threads=1, max_batch=1)) as u, ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(post, u, encode(plate(1500, 1500))) for _ in range(4)]
-        time.sleep(.05)
-        t = time.perf_counter()
-        WEB.get(f"{u}/healthz/live")
-        assert time.perf_counter()-t>.1
-        for j in jobs: j.result()
+    with background(Settings(bundle=slow, threads=1)) as u, ThreadPoolExecutor(1) as pool:
+        job = pool.submit(post, u, encode(plate(150, 150)))
+        assert begun.wait(20)
+        with pytest.raises(httpx.ReadTimeout): httpx.get(f"{u}/healthz/live", timeout=.5)
+        gate.set()
+        assert job.result().status_code == 200

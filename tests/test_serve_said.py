@@ -29,7 +29,7 @@ def bundle(tmp_path_factory): return example_bundle(tmp_path_factory.mktemp("sai
 
 @pytest.fixture(scope="module")
 def url(bundle):
-    with background(Settings(bundle=bundle, threads=1, max_batch=1)) as u: yield u
+    with background(Settings(bundle=bundle, threads=1)) as u: yield u
 
 
 def told(d, example):
@@ -62,7 +62,7 @@ def provoked(bundle, url, tmp_path):
     yield "expired", post(url, encode(plate(1500, 1500)), headers={"x-request-timeout": "1"})
     yield "unknown_model", WEB.post(f"{url}/v2/models/other/infer", content=b"{}")
     yield "bad_tensor", WEB.post(v2, json=dict(inputs=[dict(name="image", shape=[1], datatype="FP32", data=[1.0])]))
-    with background(Settings(bundle=bundle, threads=1, max_batch=1, token=TOKEN)) as u: yield "unauthorized", post(u, good)
+    with background(Settings(bundle=bundle, threads=1, token=TOKEN)) as u: yield "unauthorized", post(u, good)
     app = create_app(Settings(bundle=slow_bundle(tmp_path/"slow")))
     with pytest.raises(api.ProblemError) as e: app.state.service.ready()
     yield "not_ready", e.value
@@ -119,7 +119,7 @@ def test_commands_of_readme(tmp_path):
     for n in ("part", "other"): (tmp_path/f"{n}.jpg").write_bytes(encode(plate(holes=((100, 60),)), "JPEG"))
     todo = commands((Path(os.environ.get("DEFECT_README") or ROOT/"README.md")).read_text())
     assert todo, "README shows no command"
-    with background(Settings(bundle=b, threads=1, max_batch=1, token=TOKEN)) as locked, background(Settings(bundle=b, threads=1, max_batch=1)) as u:
+    with background(Settings(bundle=b, threads=1, token=TOKEN)) as locked, background(Settings(bundle=b, threads=1, max_batch=1)) as u:
         for c in todo:
             r = run(c, (locked if "DEFECT_TOKEN" in c else u).rpartition(":")[2], tmp_path)
             assert r.returncode == 0 and (r.stdout or list(tmp_path.glob("*.png"))), (c, r.stdout, r.stderr)

@@ -32,7 +32,7 @@ def bundle(tmp_path_factory): return example_bundle(tmp_path_factory.mktemp("str
 
 @pytest.fixture(scope="module")
 def url(bundle):
-    with background(Settings(bundle=bundle, threads=1, max_batch=1, max_pictures=3, limits=Limits(max_bytes=2**20, max_pixels=2_000_000))) as u: yield u
+    with background(Settings(bundle=bundle, threads=1, max_pictures=3, limits=Limits(max_bytes=2**20, max_pixels=2_000_000))) as u: yield u
 
 
 # --- body limits
@@ -93,7 +93,7 @@ def limits_kept(url, pid, cases=BODIES):
 
 
 def test_body_limits(bundle):
-    with process(bundle, "-p", "max_pictures=3", "-p", f"limits.max_bytes={LIMIT}", "-p", "max_batch=1") as (p, u, _):
+    with process(bundle, "-p", "max_pictures=3", "-p", f"limits.max_bytes={LIMIT}") as (p, u, _):
         limits_kept(u, p.pid, {k: BODIES[k] for k in ("chunked +0", "form +0", "base64 +0", "several 3 files")}) # what allocates once
         assert limits_kept(u, p.pid) == []
 
@@ -102,7 +102,7 @@ def test_body_limits_see_a_fault(bundle, monkeypatch):
     async def trusting(request, limit, seconds, held=None): return await request.body()
     monkeypatch.setattr("defect_detect.serve.api.read_body", trusting)
     few = {k: BODIES[k] for k in ("chunks without an end", "length +1", "length -1")}
-    with background(Settings(bundle=bundle, threads=1, max_batch=1, limits=Limits(max_bytes=2**30, max_pixels=2_000_000))) as u: assert len([o for o in limits_kept(u, os.getpid(), few) if "instead of 413" in o]) == 2
+    with background(Settings(bundle=bundle, threads=1, limits=Limits(max_bytes=2**30, max_pixels=2_000_000))) as u: assert len([o for o in limits_kept(u, os.getpid(), few) if "instead of 413" in o]) == 2
 
 
 # --- paths and addresses
@@ -174,7 +174,7 @@ def test_path_traversal_sees_a_fault(bundle, monkeypatch):
         async def part(name:str): return Response(open(os.path.join("/", name)).read())
         app.add_api_route("/{name:path}", part, include_in_schema=False)
     monkeypatch.setattr("defect_detect.serve.api.add_page", naive)
-    with background(Settings(bundle=bundle, threads=1, max_batch=1)) as u, WATCH as seen: odd, _ = traverse(u)
+    with background(Settings(bundle=bundle, threads=1)) as u, WATCH as seen: odd, _ = traverse(u)
     assert odd and [o for o in seen if o[0] == "open"]
 
 
@@ -182,7 +182,7 @@ def test_no_outbound(bundle, monkeypatch):
     "Also with the variables set that make the web framework send traces."
     for k in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY"): monkeypatch.setenv(k, "http://192.0.2.1:4318")
     n = 0
-    with WATCH as seen, background(Settings(bundle=bundle, threads=1, max_batch=1)) as u:
+    with WATCH as seen, background(Settings(bundle=bundle, threads=1)) as u:
         for kind, v in addresses():
             if kind == "body": assert post(u, v).status_code == 415 and post(u, infer([v.decode()]), "application/json", V2).status_code == 400
             elif kind == "name": assert WEB.post(f"{u}/v1/predict:batch", files=[("images", (v, GOOD))], headers={"referer": v, "x-forwarded-for": v, "x-forwarded-host": "192.0.2.1"}).status_code == 200
@@ -242,14 +242,14 @@ def scrape(url, n):
 
 
 def test_metrics_cardinality(bundle, many):
-    with background(Settings(bundle=bundle, threads=1, max_batch=1)) as u: before, after, spent, text = scrape(u, many(2000, 10_000))
+    with background(Settings(bundle=bundle, threads=1)) as u: before, after, spent, text = scrape(u, many(2000, 10_000))
     print(f"{after} series, {1000*spent:.1f} ms a scrape")
     assert before == after<=200 and 'version="' in text and spent<1, "50 ms is the aim"
 
 
 def test_metrics_cardinality_sees_a_fault(bundle, monkeypatch):
     monkeypatch.setattr(Envelope, "__call__", _by_path(Envelope.__call__))
-    with background(Settings(bundle=bundle, threads=1, max_batch=1)) as u:
+    with background(Settings(bundle=bundle, threads=1)) as u:
         before, after, _, _ = scrape(u, 100)
         assert after>before+20
 
@@ -265,7 +265,7 @@ def _by_path(real):
 
 def log_of(bundle, requests):
     "The lines that `requests`, raw bytes each, leave in the log."
-    with process(bundle, "-p", "max_batch=1") as (p, u, log):
+    with process(bundle) as (p, u, log):
         wait_for(lambda: log, 5)
         begun = len(log)
         for r in requests: raw(u, r)
@@ -356,7 +356,7 @@ def kept(monkeypatch):
 
 
 def test_authz_matrix(bundle, kept):
-    with background(Settings(bundle=bundle, threads=1, max_batch=1, token=PREDICT, metrics_token=SCRAPE)) as u:
+    with background(Settings(bundle=bundle, threads=1, token=PREDICT, metrics_token=SCRAPE)) as u:
         assert undeclared(kept[0]) == []
         bad, n = matrix(kept[0], u)
         every = {p for p, _, _ in routes(kept[0])}
@@ -376,17 +376,17 @@ def test_authz_matrix_sees_a_fault(bundle, kept, monkeypatch):
         async def secret(): return "for nobody"
         return r
     monkeypatch.setattr(api, "add_health", leaky)
-    with background(Settings(bundle=bundle, threads=1, max_batch=1, token=PREDICT)) as u: assert undeclared(kept[0]) == [("/v1/secret", ["GET"])] and [b[1] for b in matrix(kept[0], u)[0]].count("/v1/secret")>=2
+    with background(Settings(bundle=bundle, threads=1, token=PREDICT)) as u: assert undeclared(kept[0]) == [("/v1/secret", ["GET"])] and [b[1] for b in matrix(kept[0], u)[0]].count("/v1/secret")>=2
 
 
 def test_only_this_machine_by_default(bundle):
     assert Settings(bundle=bundle).host == "127.0.0.1"
     with pytest.raises(SettingsError, match="token"): refuse_open(Settings(bundle=bundle, host="0.0.0.0"))
-    with process(bundle, "-p", "max_batch=1") as (p, u, _): assert {c.laddr.ip for c in psutil.Process(p.pid).net_connections("inet") if c.status == "LISTEN"} == {"127.0.0.1"}
+    with process(bundle) as (p, u, _): assert {c.laddr.ip for c in psutil.Process(p.pid).net_connections("inet") if c.status == "LISTEN"} == {"127.0.0.1"}
 
 
 def test_a_token_leaks_nowhere(bundle):
-    with process(bundle, "-p", "max_batch=1", env={"DEFECT_TOKEN": PREDICT, "DEFECT_METRICS_TOKEN": SCRAPE}) as (p, u, log):
+    with process(bundle, env={"DEFECT_TOKEN": PREDICT, "DEFECT_METRICS_TOKEN": SCRAPE}) as (p, u, log):
         texts = [WEB.get(u+path, headers=KEYS["predict"]).text for path in ("/metrics", "/v1/model", "/openapi.json", "/healthz/ready", "/v2", "/")]
         post(u, GOOD, headers=KEYS["wrong"])
         texts.append(" ".join(psutil.Process(p.pid).cmdline()))

@@ -122,7 +122,7 @@ class Desk:
         self.shed(self.service.batcher.admit, n)
         gone = asyncio.create_task(_left(request))
         m.places.inc(n)
-        try: return await self.service.batcher.submit([Job(d, finish, deadline, heavy) for d in decoders], gone)
+        try: return await self.service.batcher.submit([Job(d, finish, deadline, heavy, request.state.began) for d in decoders], gone)
         finally:
             gone.cancel()
             m.places.dec(n)
@@ -193,6 +193,7 @@ def _describe(app:FastAPI):
         if not app.openapi_schema:
             said = make()
             said["components"]["schemas"]["Answer"]["example"] = EXAMPLE # the framework leaves out what is null
+            for name in ("HTTPValidationError", "ValidationError"): said["components"]["schemas"].pop(name, None)
             for path in said["paths"].values():
                 for op in path.values():
                     for s, r in op["responses"].items():

@@ -31,12 +31,13 @@ class Job:
         finish:Callable[[Prediction, "Job"], Any], # makes the answer; runs in a thread
         deadline:float=float("inf"), # on the clock of `time.perf_counter`
         heavy:bool=False, # `finish` takes long: the network's thread should not wait for it
+        began:float|None=None, # when its request did, on the same clock; None: now
     ):
         self.decode, self.finish, self.deadline, self.heavy = decode, finish, deadline, heavy
         self.loop = asyncio.get_running_loop()
         self.future, self.state, self.image = self.loop.create_future(), "waiting", None
         self.made, self.decoding, self.predicting, self.ready, self.together = time.perf_counter(), 0., 0., 0., 1
-        self.waited = 0. # s, in queues
+        self.began, self.waited = self.made if began is None else began, 0. # s, in queues
 
     def tell(self, result:Any=None, error:BaseException|None=None):
         "Hand the result to the event loop; from any thread."
@@ -107,7 +108,7 @@ class Batcher:
                     if j.deadline<=time.perf_counter() and j.future in todo:
                         todo.discard(j.future)
                         self.drop(j, "expired")
-                        j.future.set_exception(ProblemError("expired", f"the picture was not answered within {1000*(j.deadline-j.made):.0f} ms"))
+                        j.future.set_exception(ProblemError("expired", f"the picture was not answered within {1000*(j.deadline-j.began):.0f} ms"))
             if todo: raise ConnectionError("the client has left")
             return [j.future.exception() or j.future.result() for j in jobs]
         finally:
