@@ -39,7 +39,7 @@ def serve(bundle:Annotated[Path|None, typer.Argument(help="folder of a bundle")]
           host:Annotated[str|None, typer.Option(help="0.0.0.0 lets other machines in, and needs a token; else 127.0.0.1")]=None,
           port:Annotated[int|None, typer.Option(min=0, max=65535, help="else 8000; 0: a free one")]=None,
           workers:Annotated[int|None, typer.Option(min=1, help="processes that answer on the port; else 1")]=None,
-          threads:Annotated[int|None, typer.Option(min=0, help="of the engine; 0: it decides")]=None,
+          threads:Annotated[int|None, typer.Option(min=0, help="of the engine; 0: as the bundle plans")]=None,
           token_file:Annotated[Path|None, typer.Option(help="its first line is the token that clients must show; or set DEFECT_TOKEN")]=None,
           config:Annotated[Path|None, typer.Option(help="YAML with settings")]=None,
           p:Annotated[list[str], typer.Option("-p", help="any setting, as name=value")]=[],
