@@ -1,8 +1,7 @@
-"""The client against the real service, and the examples of README: five lines of Python, and curl."""
+"The client against the real service, and the five lines of Python in README."
 import asyncio
 import io
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +14,9 @@ from defect_detect.client import Answer, AsyncClient, Client, ServiceError, draw
 from defect_detect.core.bundle import example_bundle
 from defect_detect.core.image import decode
 from defect_detect.core.predictor import Predictor
-from defect_detect.serve.api import Settings, background, create_app
+from defect_detect.serve.api import Settings, background
 
 README = (Path(__file__).resolve().parents[1]/"README.md").read_text()
-# the parts of the service that this client asks for and that may not be there yet
-GROWN = "/v1/predict:batch" in create_app(Settings(bundle=Path("none"))).openapi()["paths"]
-grown = pytest.mark.skipif(not GROWN, reason="this service has no /v1/predict:batch")
 
 
 def plate(holes=((100, 60),)):
@@ -62,7 +58,6 @@ def test_both_clients_say_what_the_predictor_says(url, bundle):
         assert 400<=e.value.status<500 and e.value.type.startswith("urn:defect-detect:problem:")
 
 
-@grown
 def test_many_at_once(url, bundle, tmp_path):
     (tmp_path/"a b.png").write_bytes(plate())
     pictures = [plate(()), b"not a picture", tmp_path/"a b.png", *[plate(((10, 10),))]*18]
@@ -79,7 +74,6 @@ def test_many_at_once(url, bundle, tmp_path):
     assert red[55:77, 95:117].sum()>20
 
 
-@grown
 def test_deadlines_and_tokens(bundle):
     "The deadline travels: what cannot be answered in time is refused by the service, and the client has not asked twice."
     from pydantic import SecretStr
@@ -101,9 +95,8 @@ def examples(language):
 
 @pytest.fixture
 def parts(tmp_path):
-    "A folder with the pictures that the examples name."
-    for n in ("part.png", "part2.png", "a.png", "b.png"): (tmp_path/n).write_bytes(plate())
-    for n in ("part.jpg", "part2.jpg", "a.jpg", "b.jpg"): Image.open(io.BytesIO(plate())).save(tmp_path/n, quality=95)
+    "A folder with the picture that the example names."
+    Image.open(io.BytesIO(plate())).save(tmp_path/"part.jpg", quality=95)
     return tmp_path
 
 
@@ -113,20 +106,6 @@ def test_the_python_of_the_readme_runs(url, parts):
     r = subprocess.run([sys.executable, "-c", found[0].replace("http://127.0.0.1:8000", url)], cwd=parts, capture_output=True, text=True, timeout=120)
     assert r.returncode==0 and "defect" in r.stdout, r.stderr
     if "draw(" in found[0]: assert Image.open(parts/"seen.png").size[0]==200
-
-
-def test_the_curl_of_the_readme_runs(url, parts):
-    assert shutil.which("curl"), "this test needs curl"
-    found = [line for b in examples("(?:sh|bash)") for line in b.splitlines() if line.startswith("curl") and (GROWN or ":batch" not in line)]
-    assert found, "README has examples with curl"
-    for line in found:
-        r = subprocess.run(["sh", "-c", line.replace("http://127.0.0.1:8000", url)], cwd=parts, capture_output=True, text=True, timeout=120)
-        assert r.returncode==0 and any(w in r.stdout.replace(" ", "") for w in ('"verdict":"defect"', '"classes":', "dur=")), (line, r.stdout[:500], r.stderr[-500:])
-
-
-def test_a_wrong_example_would_be_seen(url, parts):
-    r = subprocess.run(["sh", "-c", f"curl -s -F image=@part.jpg {url}/v1/predicted"], cwd=parts, capture_output=True, text=True, timeout=120)
-    assert '"verdict"' not in r.stdout and "not_found" in r.stdout
 
 
 def test_a_stopped_service_is_one_error(bundle):
