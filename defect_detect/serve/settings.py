@@ -57,7 +57,7 @@ class SettingsError(ValueError):
 
 
 SECRET = ("token", "metrics_token") # never from the command line or a file of settings
-OTHERS = ("DEFECT_DATA", "DEFECT_FUZZ", "DEFECT_CONFIG") # variables that are no settings
+OTHERS = ("DEFECT_DATA", "DEFECT_FUZZ", "DEFECT_CONFIG", "DEFECT_README", "DEFECT_SHOTS") # variables that are no settings; neither are those that begin with DEFECT_DETECT_
 
 
 def _check(given:Mapping, where:str):
@@ -72,7 +72,7 @@ def _from_env(env:Mapping[str, str])->dict:
     out = {}
     for k, v in env.items():
         name = k.removeprefix("DEFECT_").lower()
-        if not k.startswith("DEFECT_") or k in OTHERS: continue
+        if not k.startswith("DEFECT_") or k.startswith("DEFECT_DETECT_") or k in OTHERS: continue
         if name.startswith("limits_"): out.setdefault("limits", {})[name.removeprefix("limits_")] = v
         elif name in SECRET: out[name] = v
         else: _check([name], f"environment, {k}"); out[name] = v
