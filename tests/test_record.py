@@ -119,7 +119,7 @@ def test_verify(project, first):
     run = first[0]
     rc, out, err = call(project, "run", "verify", "first")
     print(out)
-    assert rc==0 and "4 of 4 outputs equal" in out and out.startswith("as it was: machine") and all(f"== {s} (" in out for s in ("prepare", "train", "export", "evaluate")) and "cache" not in out, out+err
+    assert rc==0 and "4 of 4 outputs equal" in out and out.startswith("as it was: machine") and all(f"== {s} (" in out for s in ("prepare", "train", "export", "evaluate")) and "from the cache" not in out, out+err
     assert [p.name for p in (project/"runs").iterdir() if not p.name.startswith(".")]==["first"] and hits(project/"runs", text=out+err)==[]
     picture = sorted((project.parent/"pictures").rglob("*.jpg"))[0]
     for path, why in ((run/"evaluate/metrics.json", "evaluate was changed after the run"), (picture, "its inputs changed since: data; run the pipeline again"), (project/"defect_detect/core/image.py", "defect_detect/core/image.py; check out the commit")):
