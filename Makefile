@@ -7,16 +7,17 @@ TORCH  ?=
 INDEX  ?=
 ARGS   ?=
 PORT   ?= 8000
+PART   ?= 1/1
 BIN    := .venv/bin
 LOCK   := $(if $(filter cpu,$(TORCH)),lock-cpu.txt,lock.txt)
 export DVC_NO_ANALYTICS = 1
 export ORT_DISABLE_TELEMETRY = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := help
-.PHONY: help run install test prepare hooks serve lab lock clean
+.PHONY: help run install test test-nightly prepare hooks serve lab lock clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
 	@echo
 	@echo "  DATA=<folder|zip>  pictures to run on (none: the demo set)     NAME=<name>   the run is runs/NAME"
 	@echo "  ARGS='-p train.epochs=20'  parameters of the stages            PYTHON=python3.12"
@@ -35,6 +36,9 @@ run: install ## demo or DATA=<folder>: prepare, train, export, evaluate, ask the
 
 test: install ## every test, with counts
 	@$(BIN)/python tools/test.py $(ARGS)
+
+test-nightly: install ## the long tests; PART=2/4 is the second of four parts
+	@$(BIN)/python -m pytest -q -p no:cacheprovider --color=no --durations=10 --nightly "$(PART)" tests
 
 prepare: install ## before a commit: clean, export, README, tests of what changed
 	@$(BIN)/python tools/prepare.py

@@ -24,5 +24,5 @@ setup(
                  "Intended Audience :: Science/Research", "Topic :: Scientific/Engineering :: Image Recognition",
                  *(f"Programming Language :: Python :: 3.{v}" for v in (11, 12, 13))],
     zip_safe=False,
-    package_data={"defect_detect": ["judge/*.html"]},
+    package_data={"defect_detect": ["judge/*.html", "serve/page.*"]},
 )

@@ -358,7 +358,7 @@ def fat(data, limits):
 def main(what, decoder):
     "Print for each file what became of it, the CPU seconds and the MB."
     from defect_detect.core.image import DecodeError, decode
-    from defect_detect.serve.api import Settings
+    from defect_detect.serve.settings import Settings
     limits, f = Settings(bundle="-").limits, {"decode": decode}.get(decoder) or globals()[decoder]
     if decoder == "decode":
         for data in seeds().values(): decode(data) # what is loaded at first use

@@ -78,7 +78,7 @@ def gone(d): shutil.rmtree(d)
 
 
 @pytest.mark.parametrize("fault,pattern", [
-    (cut, r"cannot be read: MT_Crack/Imgs/\S+\.jpg; repair or remove"), (no_picture, r"cannot be read: MT_Free/Imgs/\S+\.jpg"), (cut_mask, r"cannot be read: MT_Crack/Imgs/\S+: .*mask|cannot be read.*\.png"),
+    (cut, r"damaged or cut short: MT_Crack/Imgs/\S+\.jpg; copy them again"), (no_picture, r"cannot be read: MT_Free/Imgs/\S+\.jpg; replace"), (cut_mask, r"the mask cannot be read: MT_Crack/Imgs/\S+\.jpg; .*\.png"),
     (other_size, r"is 60x50 px, its picture \d+x\d+"), (no_mask, "defective, but without a mask"), (empty, "no known layout|no picture"), (only_good, "no defective picture"), (only_bad, "no good picture"), (gone, "no such folder")])
 def test_data(data, tmp_path, fault, pattern):
     fault(data)

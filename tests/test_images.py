@@ -22,8 +22,9 @@ from defect_detect.core.formats import ENDINGS, FORMATS, MEDIA_TYPES
 from defect_detect.core.image import DecodeError, decode, decode_grey, decode_levels
 from defect_detect.core.predictor import Predictor
 from defect_detect.data.read import DataError, load_image
-from defect_detect.serve.api import Settings, background
+from defect_detect.serve.api import background
 from defect_detect.serve.body import DECLARED, picture_of
+from defect_detect.serve.settings import Settings
 
 FUZZ = int(os.environ.get("DEFECT_FUZZ", 2000)) # mutated files; 20000 at night
 

@@ -66,7 +66,48 @@ def test_there_are_forty(): assert len(NAMES)>=40
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_evil_zip_is_refused(tmp_path, name): assert faults(tmp_path, name, lambda z, t: unpack(z, t, CAPS))==[]
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_evil_zip_is_refused(tmp_path, name, whole): assert faults(tmp_path, name, lambda z, t: unpack(z, t, CAPS, whole=whole))==[]
+
+
+THROUGH = [{"a": ".", "b": "a/.."}, {"d/a": "..", "b": "d/a/.."}, {"a": "d/e", "b": "a/../../.."}] # each harmless by its text, or nearly
+
+
+def linked(tmp, seed):
+    "A zip with a picture and links that point through each other, or anywhere."
+    rng = random.Random(seed)
+    some = lambda: "/".join(rng.choice(["..", "..", ".", "a", "b", "d", "e", "x.png"]) for _ in range(rng.randint(1, 3)))
+    links = THROUGH[seed] if seed<len(THROUGH) else {n: some() for n in rng.sample(["a", "b", "d/a", "d/b", "d/e/a", "d/e/b"], rng.randint(1, 3))}
+    with zipfile.ZipFile(tmp/"l.zip", "w") as z:
+        z.writestr("d/e/x.png", b"x")
+        for n, to in links.items():
+            i = zipfile.ZipInfo(n)
+            i.external_attr = (stat.S_IFLNK | 0o777)<<16
+            z.writestr(i, to)
+    return tmp/"l.zip"
+
+
+def test_links_never_lead_outside(tmp_path):
+    "300 zips of links to links: what is accepted stays inside, however the links are followed."
+    accepted = 0
+    for seed in range(300):
+        try: d = unpack(linked(tmp_path, seed), tmp_path/"t", durable=False, whole=True)
+        except DataError as e: assert "may lead outside" in str(e) or "as a folder" in str(e); continue
+        accepted += 1
+        assert all(Path(os.path.realpath(p)).is_relative_to(d.resolve()) for p in d.rglob("*") if p.is_symlink())
+        shutil.rmtree(d)
+    assert 30<accepted<270
+
+
+@pytest.mark.parametrize("careless", ["ends inside by its text", "does not begin with more .. than it may"])
+def test_planted_careless_rules_for_links_are_red(tmp_path, monkeypatch, careless):
+    def link(name, data):
+        to = data.decode()
+        out = os.path.normpath(os.path.join(os.path.dirname(name), to)).startswith("..") if careless.startswith("ends") else to.split("/").count("..")>name.count("/")+1
+        if out: raise DataError("may lead outside")
+        return to
+    monkeypatch.setattr("defect_detect.data.archive._link", link)
+    with pytest.raises((AssertionError, OSError)): test_links_never_lead_outside(tmp_path)
 
 
 def naive(z, target):

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx
 import numpy as np
@@ -17,28 +16,15 @@ import pytest
 from PIL import Image
 
 import hostile
+from serving import SERVE, WEB, address, assert_problem, encode, head, plate, post, process, raw, records
 from defect_detect.client import Client, ServiceError
 from defect_detect.core.bundle import example_bundle
 from defect_detect.core.formats import MEDIA_TYPES
 from defect_detect.core.image import InputSpec, Limits, decode
 from defect_detect.core.predictor import Predictor
-from defect_detect.serve.api import Settings, background
+from defect_detect.serve.api import background
 from defect_detect.serve.messages import PREFIX, Answer
-
-SERVE = "import sys; from defect_detect.serve.api import serve; sys.exit(serve(sys.argv[1], port=int(sys.argv[2]), threads=1))"
-
-
-def encode(a, fmt="PNG", **kw):
-    b = io.BytesIO()
-    Image.fromarray(a).save(b, fmt, **kw)
-    return b.getvalue()
-
-
-def plate(h=150, w=200, holes=()):
-    a = (130+np.random.default_rng(0).normal(0, 4, (h, w))).clip(0, 255).astype(np.uint8)
-    for x, y in holes: a[y:y+12, x:x+12] = 30
-    return a
-
+from defect_detect.serve.settings import Settings
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory): return example_bundle(tmp_path_factory.mktemp("serve")/"bundle")
@@ -49,52 +35,13 @@ def url(bundle):
     with background(Settings(bundle=bundle, threads=1, limits=Limits(max_bytes=300_000, max_pixels=2_000_000), body_seconds=1)) as u: yield u
 
 
-@contextmanager
-def process(bundle, port=0):
-    "The service as a process; yields it and its URL."
-    p = subprocess.Popen([sys.executable, "-c", SERVE, str(bundle), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try: yield p, p.stdout.readline().split()[-1]
-    finally:
-        p.kill()
-        p.communicate()
-
-
-def post(url, body, kind="image/png", **kw): return httpx.post(f"{url}/v1/predict", content=body, headers={"content-type": kind}, timeout=60, **kw)
-
-
-def assert_problem(r, status, code):
-    d = r.json()
-    assert (r.status_code, r.headers["content-type"], d["type"], d["status"]) == (status, "application/problem+json", PREFIX+code, status), r.text
-    assert d["request_id"] == r.headers["x-request-id"] and d["title"] and d["detail"] and r.headers["x-content-type-options"] == "nosniff"
-
-
-def raw(url, data, pieces=()):
-    "Send bytes as they are; returns how many went out, and the answer's status and body."
-    u = httpx.URL(url)
-    with socket.create_connection((u.host, u.port), timeout=10) as s:
-        sent = 0
-        try:
-            for part in (data, *pieces):
-                s.sendall(part)
-                sent += len(part)
-        except OSError: pass # the service has closed: it has answered before
-        got = b""
-        try:
-            while part := s.recv(65536): got += part
-        except OSError: pass
-    return sent, int(got.split(b" ", 2)[1]), got
-
-
-def head(*lines): return "\r\n".join(("POST /v1/predict HTTP/1.1", "Host: x", *lines, "", "")).encode()
-
-
 @pytest.mark.parametrize("holes", [(), ((100, 60),), ((10, 10), (150, 100))])
 @pytest.mark.parametrize("fmt", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])
 def test_answer_is_the_predictors(url, bundle, holes, fmt):
     data = encode(plate(holes=holes), fmt)
     want = Predictor.load(bundle, threads=1).predict([decode(data)])[0]
     answers = [post(url, data, "image/jpeg", params={"mask": "png"}), post(url, data, "application/octet-stream", params={"mask": "png"}),
-               httpx.post(f"{url}/v1/predict?mask=png", files={"image": ("a b.png", data)}, data={"note": "x"})]
+               WEB.post(f"{url}/v1/predict?mask=png", files={"image": ("a b.png", data)}, data={"note": "x"})]
     for r in answers:
         a = Answer.model_validate(r.raise_for_status().json())
         assert (a.verdict, a.regions_total, a.width, a.height) == (want.verdict, len(want.regions), 200, 150)
@@ -115,12 +62,12 @@ def test_refusals(url):
     assert_problem(post(url, good+b"\0"*300_000), 413, "too_many_bytes")
     assert_problem(post(url, good, "text/html"), 415, "unknown_content_type")
     assert_problem(post(url, good, "multipart/form-data"), 400, "bad_multipart")
-    assert_problem(httpx.post(f"{url}/v1/predict", files=[("a", good), ("b", good)]), 400, "bad_multipart")
-    assert_problem(httpx.post(f"{url}/v1/predict", files={"a": b""}), 400, "empty")
+    assert_problem(WEB.post(f"{url}/v1/predict", files=[("a", good), ("b", good)]), 400, "bad_multipart")
+    assert_problem(WEB.post(f"{url}/v1/predict", files={"a": b""}), 400, "empty")
     assert_problem(post(url, good, params={"mask": "jpg"}), 422, "bad_parameter")
-    assert_problem(httpx.get(f"{url}/v1/predict"), 405, "method_not_allowed")
-    for path in ("/", "/docs", "/redoc", "/v1/predict/", "/v2", "/..%2f..%2fetc/passwd", "/%00"): assert_problem(httpx.get(url+path), 404, "not_found")
-    assert "POST" in httpx.get(f"{url}/v1/predict").headers["allow"]
+    assert_problem(WEB.get(f"{url}/v1/predict"), 405, "method_not_allowed")
+    for path in ("/docs", "/redoc", "/v1/predict/", "/v2/", "/page", "/page.py", "/..%2f..%2fetc/passwd", "/%00"): assert_problem(WEB.get(url+path), 404, "not_found")
+    assert "POST" in WEB.get(f"{url}/v1/predict").headers["allow"]
 
 
 def test_too_large_is_not_read_to_its_end(url):
@@ -138,14 +85,16 @@ def test_too_large_is_not_read_to_its_end(url):
 def test_slow_and_vanished_clients(url, bundle):
     t = time.perf_counter()
     assert raw(url, head("Content-Length: 1000")+b"x"*10)[1] == 408 and time.perf_counter()-t<5
-    with background(Settings(bundle=bundle, threads=1, max_receiving=1, body_seconds=30)) as u:
-        at = (httpx.URL(u).host, httpx.URL(u).port)
-        with socket.create_connection(at) as s:
-            s.sendall(head("Content-Length: 1000")+b"x")
+    with background(Settings(bundle=bundle, threads=1, max_body_mb=1, body_seconds=30)) as u:
+        with socket.create_connection(address(u)) as s:
+            s.sendall(head("Content-Length: 2000000")+b"x"*700_000)
             time.sleep(.3)
-            assert_problem(post(u, encode(plate())), 503, "busy")
+            r = post(u, encode(plate())+b"x"*400_000)
+            assert_problem(r, 503, "busy")
+            assert r.headers["retry-after"] == "1"
+            assert post(u, encode(plate())).status_code == 200, "there is room for a small one"
         time.sleep(.3)
-        assert post(u, encode(plate())).status_code == 200, "the place of a client that went away is free again"
+        assert post(u, encode(plate())+b"x"*400_000).status_code == 200, "what a client held that went away is free again"
 
 
 def test_overload_is_refused_at_once_and_health_answers(bundle):
@@ -158,7 +107,7 @@ def test_overload_is_refused_at_once_and_health_answers(bundle):
         lives = []
         while not all(j.done() for j in jobs):
             t = time.perf_counter()
-            assert httpx.get(f"{u}/healthz/live").status_code == 200 and httpx.get(f"{u}/healthz/ready").status_code == 200
+            assert WEB.get(f"{u}/healthz/live").status_code == 200 and WEB.get(f"{u}/healthz/ready").status_code == 200
             lives.append(time.perf_counter()-t)
         answers = [j.result() for j in jobs]
         busy = [(r, s) for r, s in answers if r.status_code != 200]
@@ -199,14 +148,14 @@ def test_hostile_bodies_see_a_fault(bundle, monkeypatch):
 def test_odd_headers(url):
     good = encode(plate())
     for kind in ("", "image/", "image/png; a=\xff", "multipart/form-data; boundary=\"\"", "multipart/form-data; boundary*=utf-8''%ff", "x"*5000, "image/png\x0b"):
-        try: r = httpx.post(f"{url}/v1/predict", content=good, headers={"content-type": kind.encode("latin-1")})
+        try: r = WEB.post(f"{url}/v1/predict", content=good, headers={"content-type": kind.encode("latin-1")})
         except httpx.LocalProtocolError: continue
         assert r.status_code in (200, 400, 415), (kind, r.text)
     assert raw(url, head("Content-Length: -1"))[1] == 400
     assert raw(url, head("Content-Length: 1", "Content-Length: 2"))[1] == 400
     assert raw(url, b"\0\1\2\r\n\r\n")[1] == 400
     for given in ("a"*500, "a b", "\u001b[0m".encode().decode("latin-1")):
-        try: r = httpx.get(f"{url}/healthz/live", headers={"x-request-id": given})
+        try: r = WEB.get(f"{url}/healthz/live", headers={"x-request-id": given})
         except httpx.LocalProtocolError: continue
         assert len(r.headers["x-request-id"]) == 32
 
@@ -214,11 +163,10 @@ def test_odd_headers(url):
 def test_live_before_ready(tmp_path):
     slow = example_bundle(tmp_path/"slow", InputSpec(height=1024, width=1024))
     with socket.create_server(("127.0.0.1", 0)) as s: port = s.getsockname()[1]
-    p = subprocess.Popen([sys.executable, "-c", SERVE, str(slow), str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
+    with process(slow, "--port", port, wait=False) as (p, _, log):
         seen, u, end = [], f"http://127.0.0.1:{port}", time.monotonic()+60
         while not (seen and seen[-1] == 200) and time.monotonic()<end:
-            try: live, ready = httpx.get(f"{u}/healthz/live", timeout=30), httpx.get(f"{u}/healthz/ready", timeout=30)
+            try: live, ready = WEB.get(f"{u}/healthz/live", timeout=30), WEB.get(f"{u}/v2/health/ready", timeout=30)
             except httpx.TransportError:
                 time.sleep(.02)
                 continue
@@ -227,39 +175,36 @@ def test_live_before_ready(tmp_path):
                 assert_problem(ready, 503, "not_ready")
                 r = post(u, encode(plate()))
                 if r.status_code != 200: assert_problem(r, 503, "not_ready")
-                else: assert httpx.get(f"{u}/healthz/ready").status_code == 200, "it has become ready in between, or should not have answered"
+                else: assert WEB.get(f"{u}/healthz/ready").status_code == 200, "it has become ready in between, or should not have answered"
             seen.append(ready.status_code)
             time.sleep(.02)
         assert seen[0] == 503 and seen[-1] == 200 and p.stdout.readline().startswith("serving example-spot@")
-    finally:
-        p.kill()
-        p.communicate()
 
 
 def test_stops_cleanly_with_work_in_hand(bundle):
-    with process(bundle) as (p, u), ThreadPoolExecutor(1) as pool:
+    with process(bundle) as (p, u, log), ThreadPoolExecutor(1) as pool:
         job = pool.submit(post, u, encode(plate(2500, 2500)))
         time.sleep(.3) # the picture is on its way or in work; both must be answered
         p.send_signal(signal.SIGTERM)
         assert job.result(30).status_code == 200
         assert p.wait(30) == 0
-        assert all(json.loads(line)["level"] == "info" for line in p.stderr)
+    assert all(o["level"] == "info" for o in records(log))
 
 
 def test_log_lines_cannot_be_forged(bundle):
-    with process(bundle) as (p, u):
+    with process(bundle) as (p, u, log):
         raw(u, b"GET /%0d%0a%7b%22forged%22:1%7d%1b[31m HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        raw(u, b"GET /"+b"%F0%9F%98%80"*2000+b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: a\"b\r\n\r\n")
-        httpx.get(f"{u}/healthz/live", headers={"x-request-id": "last"})
+        raw(u, b"GET /"+b"%F0%9F%98%80"*600+b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: a\"b\r\n\r\n")
+        WEB.get(f"{u}/healthz/live", headers={"x-request-id": "last"})
         p.send_signal(signal.SIGINT)
         assert p.wait(30) == 0
-        lines = p.stderr.read().splitlines()
+    lines = [o.rstrip("\n") for o in log if json.loads(o)["message"] == "request"]
     assert len(lines) == 3 and all(len(o)<=8000 and o.isascii() and o.isprintable() for o in lines)
     assert [json.loads(o)["status"] for o in lines] == [404, 404, 200] and json.loads(lines[-1])["id"] == "last"
 
 
 def test_start_fails_with_one_line(bundle, tmp_path):
-    def run(folder, port): return subprocess.run([sys.executable, "-c", SERVE, str(folder), str(port)], capture_output=True, text=True, timeout=60)
+    def run(folder, port): return subprocess.run([sys.executable, "-c", SERVE, "serve", str(folder), "--port", str(port)], capture_output=True, text=True, timeout=60)
     with socket.create_server(("127.0.0.1", 0)) as s:
         p = run(bundle, s.getsockname()[1])
         assert (p.returncode, p.stdout, len(p.stderr.splitlines())) == (1, "", 1) and "Address already in use" in p.stderr
@@ -280,8 +225,9 @@ def test_two_services_in_one_process(bundle):
 
 
 def test_the_description_is_true(url):
-    d = httpx.get(f"{url}/openapi.json").json()
-    assert sorted(d["paths"]) == ["/healthz/live", "/healthz/ready", "/v1/model", "/v1/predict"]
+    d = WEB.get(f"{url}/openapi.json").json()
+    assert sorted(d["paths"]) == ["/healthz/live", "/healthz/ready", "/metrics", "/v1/model", "/v1/predict", "/v1/predict:batch", "/v2", "/v2/health/live", "/v2/health/ready",
+        *sorted("/v2/models/{name}"+v+e for v in ("", "/versions/{version}") for e in ("", "/infer", "/ready"))]
     op = d["paths"]["/v1/predict"]["post"]
     assert sorted(op["requestBody"]["content"]) == sorted((*MEDIA_TYPES, "application/octet-stream", "multipart/form-data"))
     for s, r in op["responses"].items(): assert list(r["content"]) == (["application/json"] if s == "200" else ["application/problem+json"])

@@ -16,7 +16,7 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +44,14 @@ def whole_folder(target:str|Path, # must not exist
         work.mkdir()
         yield work
         for d, _, names in os.walk(work, topdown=False) if durable else ():
-            for p in (*(Path(d, n) for n in names), d): _sync(p)
+            for p in (*(Path(d, n) for n in names), Path(d)): p.is_symlink() or _sync(p)
         os.rename(work, target)
     if durable: _sync(target.parent)
 
 # %% ../../nbs/17_data.archive.ipynb #a1901f5c
-def entry_name(info:zipfile.ZipInfo)->str:
+def entry_name(info:zipfile.ZipInfo,
+               whole:bool=False, # links may be, `.git` may not
+)->str:
     "The name of an entry, or `DataError` when it is not a plain relative path to a file or folder."
     raw = info.orig_filename
     if not info.flag_bits & 0x800:
@@ -58,9 +60,19 @@ def entry_name(info:zipfile.ZipInfo)->str:
     kind, parts = stat.S_IFMT(info.external_attr>>16), raw.removesuffix("/").split("/")
     why = ("is absolute" if raw.startswith("/") or re.match(r"[A-Za-z]:", raw) else "has a backslash" if "\\" in raw else "has control characters" if re.search(r"[\x00-\x1f\x7f]", raw)
            else "is not a plain path" if {"", ".", ".."} & set(parts) else "is too long" if len(raw.encode("utf-8", "replace"))>1024 or max(len(p.encode("utf-8", "replace")) for p in parts)>255
-           else "is a link or a device" if kind not in (0, stat.S_IFREG, stat.S_IFDIR) else "")
+           else "is a link or a device" if kind not in (0, stat.S_IFREG, stat.S_IFDIR, *([stat.S_IFLNK] if whole else [])) else "is part of a repository's own folder" if whole and ".git" in (p.casefold() for p in parts) else "")
     if why: raise DataError(f"the zip holds {raw[:80]!r}, which {why}; nothing was unpacked")
     return raw
+
+
+def _link(name, data):
+    "Where a link leads, or `DataError` when that may be outside: it goes up no further than the top, and only at its beginning."
+    try: to = data.decode("utf-8")
+    except UnicodeError: to = ""
+    parts = to.split("/")
+    up = next((n for n, p in enumerate(parts) if p!=".."), len(parts))
+    if not 0<len(data)<=1024 or up>name.count("/") or re.search(r"[\x00-\x1f\x7f\\]", to) or {"", ".", ".."} & set(parts[up:]): raise DataError(f"the zip holds the link {name[:80]!r} to {to[:80]!r}, which may lead outside; nothing was unpacked")
+    return to
 
 # %% ../../nbs/17_data.archive.ipynb #5863c5c2
 @dataclass(frozen=True)
@@ -83,11 +95,11 @@ def _hash(f:BinaryIO, caps:Caps)->str: # sha256
     return h.hexdigest()
 
 
-def _plan(z:zipfile.ZipFile, caps:Caps)->list[tuple[zipfile.ZipInfo, str]]:
-    "Check every entry; return those that the readers know."
+def _plan(z:zipfile.ZipFile, caps:Caps, whole:bool)->list[tuple[zipfile.ZipInfo, str]]:
+    "Check every entry; return those that the readers know, or all files."
     names, parents, out = {}, {}, []
     for i in z.infolist():
-        name = entry_name(i)
+        name = entry_name(i, whole)
         if i.flag_bits & 0x41: raise DataError(f"the zip is encrypted ({name[:80]!r}); send it without a password")
         if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise DataError(f"the zip packs {name[:80]!r} with method {i.compress_type}; allowed: stored, deflated")
         key = unicodedata.normalize("NFC", name.removesuffix("/")).casefold()
@@ -95,7 +107,7 @@ def _plan(z:zipfile.ZipFile, caps:Caps)->list[tuple[zipfile.ZipInfo, str]]:
         if key in names: raise DataError(f"the zip holds {names[key][:80]!r} and {name[:80]!r}, which are one name on many systems")
         names[key] = name
         for n in range(1, len(key.split("/"))): parents.setdefault("/".join(key.split("/")[:n]), name)
-        if not is_junk(name) and (is_picture(name) or name.lower().endswith((".csv", ".json"))): out.append((i, name))
+        if whole or not is_junk(name) and (is_picture(name) or name.lower().endswith((".csv", ".json"))): out.append((i, name))
     for k in names.keys() & parents.keys(): raise DataError(f"the zip holds {names[k][:80]!r} as a file and as a folder")
     return out
 
@@ -103,25 +115,33 @@ def _plan(z:zipfile.ZipFile, caps:Caps)->list[tuple[zipfile.ZipInfo, str]]:
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)
 
 
-def _pour(f, work, caps, archive_size):
+def _pour(f, work, caps, archive_size, whole):
     left = most = min(caps.size, caps.free+caps.ratio*archive_size)
     with zipfile.ZipFile(f) as z:
-        plan = _plan(z, caps)
+        plan, links = _plan(z, caps, whole), {}
         for i, name in plan:
             (work/name).parent.mkdir(parents=True, exist_ok=True)
+            mode = i.external_attr>>16
+            if stat.S_ISLNK(mode):
+                with z.open(i) as src: links[name] = _link(name, src.read(1025))
+                continue
             with z.open(i) as src, open(work/name, "xb") as dst:
                 while chunk := src.read(2**20):
                     left -= len(chunk)
                     if left<0: raise DataError(f"the zip of {archive_size} bytes unpacks to more than {most}; at most {caps.ratio} times its size and {caps.size} bytes are allowed")
                     dst.write(chunk)
-    if not plan: raise DataError("the zip holds no picture")
+                if whole and mode & 0o100: os.fchmod(dst.fileno(), os.fstat(dst.fileno()).st_mode | 0o100)
+    for name, to in links.items(): os.symlink(to, work/name) # last, and nothing lies below one: a name is never a file and a folder
+    if not any(is_picture(n) and not is_junk(n) for _, n in plan): raise DataError("the zip holds no picture")
 
 
-def _unpack(f, name, target, caps, durable):
+def _unpack(f, name, target, caps, durable, whole=False, check=lambda folder: None):
     f.seek(0)
     if f.read(4)!=b"PK\x03\x04": raise DataError(f"{name} is not a zip file of pictures; pictures come as a folder or as a zip")
     try:
-        with whole_folder(target, durable) as work: _pour(f, work, caps, os.fstat(f.fileno()).st_size)
+        with whole_folder(target, durable) as work:
+            _pour(f, work, caps, os.fstat(f.fileno()).st_size, whole)
+            check(work)
     except DataError as e: raise DataError(str(e).replace("the zip", name, 1)) from None
     except _BROKEN as e: raise DataError(f"{name} is damaged or cut short: {e}") from None
     except OSError as e:
@@ -134,11 +154,15 @@ def unpack(archive:str|Path, # a zip file
            target:str|Path, # must not exist
            caps:Caps=Caps(),
            durable:bool=True, # on the disk before it has its name
+           whole:bool=False, # every file with its mode, and links that stay inside
+           sha256:str="", # that `archive` must have, if known
+           check:Callable[[Path], None]=lambda folder: None, # may look at the folder before it has its name, change it, and raise
 )->Path: # `target`
-    "Unpack the pictures, CSV and JSON files of `archive`, whole or not at all."
+    "Unpack the pictures, CSV and JSON files of `archive`, or all of it: at once or not at all."
     with open(archive, "rb") as f:
-        _hash(f, caps)
-        return _unpack(f, Path(archive).name, target, caps, durable)
+        got = _hash(f, caps)
+        if sha256 not in ("", got): raise DataError(f"{Path(archive).name} has the sha256 {got}; expected is {sha256}")
+        return _unpack(f, Path(archive).name, target, caps, durable, whole, check)
 
 
 def keep_unpacked(archive:str|Path, # a zip file

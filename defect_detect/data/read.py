@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'COLUMNS', 'SPLITS', 'Layout', 'recognise', 'open_data', 'read_classes', 'load_marks', 'marked_kinds',
-           'read_data', 'classes_of', 'load_image', 'load_mask', 'write_table', 'read_table']
+           'entries_of', 'read_data', 'classes_of', 'load_image', 'load_mask', 'write_table', 'read_table']
 
 # %% ../../nbs/10_data.read.ipynb #048d7a98
 import hashlib
@@ -25,7 +25,8 @@ from ..core.formats import ENDINGS
 from ..core.image import DecodeError, decode, decode_grey, decode_levels
 from .archive import keep_unpacked, unpack
 from .coco import class_map, coco_entries, coco_files, picture_of, read_coco
-from .layouts import DataError, Entry, folder_entries, is_junk, kind_name, list_files, magnetic_entries, mvtec_entries, read_rows, table_entries, tables
+from .layouts import DataError, Entry, folder_entries, is_junk, kind_name, list_files, magnetic_entries, mvtec_entries, read_rows, table_entries, tables, tidy
+from .lists import read_list
 
 # %% ../../nbs/10_data.read.ipynb #e8aed6b6
 class Layout(NamedTuple):
@@ -177,21 +178,47 @@ def _typed(t):
     "Give the columns that a layout knows besides their type: whole numbers, or text."
     for c in t.columns.difference((*COLUMNS, "mask_sha256"), sort=False):
         v = t[c].dropna().astype(str)
-        whole = c!="kinds" and len(v) and v.str.fullmatch(r"-?(0|[1-9]\d{0,14})(\.0)?").all()
+        whole = c not in ("kinds", "given") and len(v) and v.str.fullmatch(r"-?(0|[1-9]\d{0,14})(\.0)?").all()
         t[c] = pd.to_numeric(t[c]) if whole else t[c].where(t[c].notna(), "").astype(str)
     return t
+
+# %% ../../nbs/10_data.read.ipynb #4b83f1ec
+def entries_of(root:str|Path, # a folder of pictures in a known layout
+)->list[Entry]: # those in quarantine too, nothing corrected
+    "What the layout of `root` says."
+    return list(recognise(root).entries(Path(root), list_files(root)))
+
+
+def _decided(root, entries):
+    "Entries that are not in quarantine, each with its correction or None."
+    out, over = set(read_list(root, "quarantine").image), {r["image"]: r for r in read_list(root, "overrides").to_dict("records")}
+    named = {tidy(e.image): e for e in entries}
+    for n in over.keys()-named.keys(): raise DataError(f"overrides.csv corrects {n!r}, which is no picture in this folder; take the row out or bring the picture back")
+    return [(e, over.get(n)) for n, e in named.items() if n not in out]
+
+
+def _corrected(root, e, o, files):
+    "The entry as the row `o` of overrides.csv says, with the label as it came in `given`."
+    if o is None: return e
+    if o["mask"] and o["mask"] not in files: raise DataError(f"overrides.csv gives {e.image} the mask {o['mask']!r}, which is not in this folder; paths are relative to it")
+    if o["mask"] and not o["label"] and e.label is None and e.mask.endswith(".json"): raise DataError(f"overrides.csv gives {e.image} a mask without a label; {e.mask} names kinds, a mask file does not: give the label too")
+    try: given = e.label or _row(root, e)["label"]
+    except DataError: given = "unknown" # its mask cannot be read, which may be why it is corrected
+    return e._replace(label=o["label"] or e.label, mask=files[o["mask"]] if o["mask"] else e.mask, extras={**e.extras, "given": given})
 
 
 def read_data(root:str|Path, # a folder of pictures in a known layout, or a zip of one
 )->pd.DataFrame: # `COLUMNS` and what the layout knows besides, sorted by `image`
-    "Recognise the layout of `root` and list its pictures."
+    "Recognise the layout of `root` and list its pictures, as people decided about them."
     root = Path(root)
     if root.is_file():
         with open_data(root) as folder: return read_data(folder)
     if not root.is_dir(): raise DataError(f"no data at {root}: there is no such folder or zip")
-    entries = list(recognise(root).entries(root, list_files(root)))
+    entries, files = entries_of(root), list_files(root)
     if not entries: raise DataError(f"no picture in {root}; known endings: {', '.join(ENDINGS)}")
-    with ThreadPoolExecutor(_threads()) as ex: rows = list(ex.map(lambda e: _row(root, e), entries))
+    left = _decided(root, entries)
+    if not left: raise DataError(f"all {len(entries)} pictures of {root} are in quarantine.csv; take some back")
+    with ThreadPoolExecutor(_threads()) as ex: rows = list(ex.map(lambda eo: _row(root, _corrected(root, *eo, files)), left))
     return _typed(pd.DataFrame(rows)).sort_values("image", ignore_index=True)
 
 
@@ -239,7 +266,7 @@ def write_table(table:pd.DataFrame, path:str|Path)->Path:
 def read_table(path:str|Path)->pd.DataFrame:
     "Read a table that `write_table` wrote."
     if not Path(path).is_file(): raise DataError(f"no table at {path}; `1_prepare` writes it")
-    t = pd.read_csv(path, dtype=dict.fromkeys((*COLUMNS[:6], "mask_sha256", "kinds"), str), keep_default_na=False, na_values={"exposure": [""], "number": [""]})
+    t = pd.read_csv(path, dtype=dict.fromkeys((*COLUMNS[:6], "mask_sha256", "kinds", "given"), str), keep_default_na=False, na_values={"exposure": [""], "number": [""]})
     lost = [c for c in COLUMNS if c not in t.columns]
     if lost: raise DataError(f"{path} lacks the columns {', '.join(lost)}")
     if t.image.duplicated().any(): raise DataError(f"{path} lists {t.image[t.image.duplicated()].iloc[0]} twice")

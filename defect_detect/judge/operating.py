@@ -16,6 +16,7 @@ from ..core.metrics import auroc, rates, threshold_at
 from ..core.predictor import Predictor, picture_score
 from ..core.image import place, restore
 from ..data.read import DataError, load_image, load_mask
+from ..data.split import LEAKY, carry_mark, is_leaky
 
 # %% ../../nbs/31_judge.operating.ipynb #01ffffa4
 BINS = 100 # pixel thresholds tried: 0.01 apart
@@ -37,7 +38,7 @@ def look(pred:Predictor, # any operating point; only its `score_pixels` is used
             b = np.clip(((1-restore(probs[:1], p)[0])*BINS).astype(int), 0, BINS-1)
             true = load_mask(root, r, c.classes)>0
             hist += np.stack([np.bincount(b[~true], minlength=BINS), np.bincount(b[true], minlength=BINS)])
-    return pd.DataFrame(rows), hist
+    return carry_mark(pd.DataFrame(rows), table), hist
 
 
 def best_pixel_threshold(hist:np.ndarray, # (2,BINS) from `look`
@@ -64,6 +65,7 @@ def choose(rows:pd.DataFrame, # from `look`
     esc, over = rates(s, y, t)
     said = (f"escape at most {escape:.0%} on the validation part: {esc:.1%} of {int(y.sum())} defective pictures ({rows.group[y].nunique()} parts) missed, "
             f"{over:.1%} of {int((~y).sum())} good pictures rejected")
+    if is_leaky(rows): said = f"{LEAKY}: {said}"
     return OperatingPoint(score_pixels=score_pixels, score_threshold=round(float(t), 6), pixel_threshold=best_pixel_threshold(hist), min_area=min_area, chosen_for=said)
 
 # %% ../../nbs/31_judge.operating.ipynb #b0951028
@@ -73,4 +75,4 @@ def reference(rows:pd.DataFrame, # from `look`
     q = np.linspace(0, 1, 21)
     one = lambda s: [round(float(v), 6) for v in np.quantile(s, q)] if len(s) else []
     return dict(quantiles=[round(float(v), 2) for v in q], good=one(rows.score[~rows.bad]), defective=one(rows.score[rows.bad]),
-                good_pictures=int((~rows.bad).sum()), defective_pictures=int(rows.bad.sum()), auroc=round(auroc(rows.score, rows.bad), 4))
+                good_pictures=int((~rows.bad).sum()), defective_pictures=int(rows.bad.sum()), auroc=round(auroc(rows.score, rows.bad), 4), **(dict(leaky_split=True) if is_leaky(rows) else {}))

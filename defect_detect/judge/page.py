@@ -17,6 +17,7 @@ import yaml
 
 from ..core.draw import PREDICTED, TRUTH
 from ..core.files import write_whole
+from ..data.split import LEAKY, name_leak
 from .pictures import Sheet, plot_losses, plot_risk, plot_scores, plot_validation
 from .report import KIND_HEAD, kind_rows, metric_parts
 
@@ -61,7 +62,7 @@ def _count(v, n): return round(v["value"]*n) if v["value"] is not None else 0
 def _files(run):
     books = [(f"notebooks/{p.name}", p.stem.replace("_", " ")) for p in sorted((run/"notebooks").glob("?_*.html"))]
     rows = [("notebooks", books), ("to open and change", [(h.replace(".html", ".ipynb"), Path(h).stem+".ipynb") for h, _ in books])]
-    for what, names in (("data", ("prepare/table.csv", "prepare/pairs.csv")), ("results", ("evaluate/metrics.json", "evaluate/predictions.csv", "evaluate/card.md")), ("receipt", ("dvc.lock", "params.yaml")), ("what ships", ("export/bundle/bundle.json", "export/bundle/model.onnx"))):
+    for what, names in (("data", ("prepare/table.csv", "prepare/pairs.csv", "prepare/parts.csv", "prepare/review.csv")), ("results", ("evaluate/metrics.json", "evaluate/predictions.csv", "evaluate/card.md")), ("receipt", ("run.json", "dvc.lock", "params.yaml")), ("what ships", ("export/bundle/bundle.json", "export/bundle/model.onnx"))):
         rows.append((what, [(n, n) for n in names if (run/n).exists()]))
     return [(what, links) for what, links in rows if links]
 
@@ -76,10 +77,11 @@ def write_page(run:str|Path, # folder of a run whose four stages are done
     m, export, card = (json.loads((run/p).read_text()) for p in ("evaluate/metrics.json", "export/export.json", "export/bundle/bundle.json"))
     params:dict[str, Any] = yaml.safe_load((run/"params.yaml").read_text())
     env = jinja2.Environment(loader=jinja2.PackageLoader("defect_detect.judge", ""), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    leaky = bool(m.get("leaky_split"))
     text = env.get_template("run.html").render(
-        name=run.name, m=m, percent=_percent, missed=_count(m["escape"], m["defective_pictures"]), rejected=_count(m["overkill"], m["good_pictures"]),
+        name=run.name, leaky=leaky, leaky_word=LEAKY, m=m, percent=_percent, missed=_count(m["escape"], m["defective_pictures"]), rejected=_count(m["overkill"], m["good_pictures"]),
         chosen_for=export["operating_point"]["chosen_for"], tiles=[_tile(*p) for p in metric_parts(m)], kinds=kind_rows(m), kind_head=KIND_HEAD,
-        curves=[(t, w, Markup(s)) for t, w, s in _curves(run, m["threshold"])], sheets=_sheets(run), truth=TRUTH, predicted=PREDICTED,
+        curves=[(name_leak(t, leaky), w, Markup(s)) for t, w, s in _curves(run, m["threshold"])], sheets=_sheets(run), truth=TRUTH, predicted=PREDICTED,
         checks=json.loads((run/"prepare/checks.json").read_text()), params={k: v for k, v in params.items() if isinstance(v, Mapping)},
         took={k: f"ran {s:.0f} s" if how=="ran" else how for k, (how, s) in took.items()}, files=_files(run), tag=card["name"])
     return write_whole(run/"index.html", text)

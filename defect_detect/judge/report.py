@@ -8,6 +8,8 @@ __all__ = ['KIND_HEAD', 'number', 'metric_rows', 'metric_parts', 'kind_rows', 't
 # %% ../../nbs/33_judge.report.ipynb #10abd688
 from collections.abc import Mapping, Sequence
 
+from ..data.split import LEAKY, name_leak
+
 # %% ../../nbs/33_judge.report.ipynb #1f356ee1
 _MEANING = (
     ("auroc", "image AUROC", "chance that a defective picture scores above a good one"),
@@ -18,6 +20,9 @@ _MEANING = (
     ("iou", "pooled IoU", "overlap of predicted and true defect pixels, over defective pictures"),
     ("region_recall", "region recall", "defects of which at least a tenth was marked"),
 )
+
+
+def _leaky(metrics): return bool(metrics.get("leaky_split"))
 
 
 def number(v:Mapping|float|None, # {value, low, high} or a plain number
@@ -39,13 +44,13 @@ def metric_rows(metrics:Mapping, # from `summarise`
 def metric_parts(metrics:Mapping, # from `summarise`
 )->list[tuple[str, Mapping, str]]: # name, {value, low, high}, meaning
     "The main numbers, not yet in words."
-    return [(name, metrics[k], what) for k, name, what in _MEANING]
+    return [(name_leak(name, _leaky(metrics)), metrics[k], what) for k, name, what in _MEANING]
 
 
 def kind_rows(metrics:Mapping, # from `summarise`
 )->list[tuple[str, ...]]: # kind, pictures, parts, IoU, IoU of the right name, region recall, escape
     "One row a kind of defect."
-    return [(k, str(v["pictures"]), str(v["parts"]), number(v["iou"]), number(v["class_iou"]), number(v["region_recall"]), number(v["escape"])) for k, v in metrics["by_kind"].items()]
+    return [(name_leak(k, _leaky(metrics)), str(v["pictures"]), str(v["parts"]), number(v["iou"]), number(v["class_iou"]), number(v["region_recall"]), number(v["escape"])) for k, v in metrics["by_kind"].items()]
 
 
 KIND_HEAD = ("kind", "pictures", "parts", "pooled IoU", "IoU, right name", "region recall", "escape")
@@ -72,14 +77,15 @@ def card(tag:str, # name@version of the bundle
          part:str="test", # of the data
 )->str: # Markdown
     "The model card."
-    m = metrics
-    return f"""# {tag}
+    m, said = metrics, "No picture of these parts was used for training or for the operating point."
+    if _leaky(m): said = f"**{LEAKY.capitalize()}:** photographs of the tested parts stand in train or validation, so these numbers say nothing about new parts."
+    return f"""# {name_leak(tag, _leaky(m))}
 
 Finds defects on pictures of parts and says whether a part is good. It assists a person; it does not replace the decision about a part.
 
 **Operating point.** Score threshold {number(m['threshold'])}, chosen on the validation part for {chosen_for}
 
-**Tested on** the {part} part: {m['pictures']} pictures of {m['parts']} parts, of which {m['defective_pictures']} pictures of {m['defective_parts']} parts are defective. No picture of these parts was used for training or for the operating point.
+**Tested on** the {part} part: {m['pictures']} pictures of {m['parts']} parts, of which {m['defective_pictures']} pictures of {m['defective_parts']} parts are defective. {said}
 
 {_markdown(metric_rows(m), ["what", "value [95 % interval over parts]", "meaning"])}
 

@@ -15,13 +15,14 @@ import pandas as pd
 from ..core.metrics import auroc, average_precision, confusion, dice, iou, overkill_at, rates, region_counts
 from ..core.predictor import Predictor
 from ..data.read import DataError, load_image, load_mask
+from ..data.split import LEAKY, carry_mark, is_leaky
 
 # %% ../../nbs/30_judge.score.ipynb #1b3393fd
 def score_pictures(pred:Predictor, # the bundle
                    root:str|Path, # the data folder
                    table:pd.DataFrame, # the part to score
                    progress:Callable[[int, int], None]=lambda i, n: None, # called after each picture
-)->pd.DataFrame: # one row a picture, in the order of `table`
+)->pd.DataFrame: # one row a picture, in the order of `table`; marked when the table's split leaks, or the one that the bundle is from
     "Predict every picture of `table` and count what is right."
     classes = pred.card.classes
     unknown = sorted(set(table.label)-{"good", *classes})
@@ -35,7 +36,7 @@ def score_pictures(pred:Predictor, # the bundle
                         score=round(p.score, 6), verdict=p.verdict, tp=int((t&m).sum()), fp=int((m&~t).sum()), fn=int((t&~m).sum()),
                         **region_counts(t, m), confusion=confusion(true, p.mask, len(classes))))
         progress(i+1, len(table))
-    return pd.DataFrame(out)
+    return carry_mark(pd.DataFrame(out), table, pred.card.operating_point.chosen_for.startswith(LEAKY))
 
 # %% ../../nbs/30_judge.score.ipynb #490f439b
 def _draws(groups, n, seed):
@@ -92,7 +93,7 @@ def summarise(rows:pd.DataFrame, # from `score_pictures`
     of = lambda f: lambda t: f(t.score.to_numpy(), t.bad.to_numpy()) if t.bad.any() else float("nan")
     recall = lambda t: t.found.sum()/t.true.sum() if t.true.sum() else float("nan")
     out = dict(pictures=len(rows), parts=int(rows.group.nunique()), good_pictures=int((~rows.bad).sum()), defective_pictures=len(bad),
-               defective_parts=int(bad.group.nunique()), threshold=num(threshold),
+               defective_parts=int(bad.group.nunique()), threshold=num(threshold), leaky_split=is_leaky(rows),
                iou=both(pooled_iou, bad), iou_with_good=num(iou(binary)[1]), dice=num(dice(np.array([[0, bad.fp.sum()], [bad.fn.sum(), bad.tp.sum()]]))[1]),
                region_recall=both(recall, bad), regions_right=num(rows.right.sum()/rows.predicted.sum() if rows.predicted.sum() else None),
                auroc=both(of(auroc)), average_precision=both(of(average_precision)), overkill_at_5pct_escape=both(of(overkill_at)),

@@ -8,9 +8,10 @@ __all__ = ['LOG', 'request_id', 'refuse', 'Envelope', 'JsonLines']
 # %% ../../nbs/62_serve.envelope.ipynb #f76b5e64
 import json
 import logging
+import random
 import re
 import time
-import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
@@ -25,23 +26,30 @@ LOG = logging.getLogger("defect_detect.serve")
 def request_id(given:str|None, # X-Request-Id of the request
 )->str:
     "Keep a harmless id, or make one."
-    return given if given and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else uuid.uuid4().hex
+    return given if given and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"{random.getrandbits(128):032x}" # no secret: it need not be worth a call of the system
 
 
 def refuse(request:Request, code:str, detail:str, status:int|None=None, headers:dict|None=None)->Response:
     "Answer `request` with a problem document."
     p = problem(code, detail, request.state.request_id, status)
-    return Response(p.model_dump_json(), p.status, headers, "application/problem+json")
+    if request.url.path.startswith("/v2"): p.error = p.detail
+    return Response(p.model_dump_json(exclude_none=True), p.status, headers, "application/problem+json")
 
 # %% ../../nbs/62_serve.envelope.ipynb #c8f31b88
 class Envelope:
     "ASGI middleware: an id, safe headers, one log line, and no exception that escapes."
-    def __init__(self, app): self.app = app
+    def __init__(self, app,
+        seen:Callable=lambda route, status, seconds: None, # is told of each request
+        closing:Callable[[], bool]=lambda: False, # should connections end with their answer?
+        max_head:int=16384, # bytes of all headers
+    ): self.app, self.seen, self.closing, self.max_head = app, seen, closing, max_head
 
     async def __call__(self, scope, receive, send):
         if scope["type"]!="http": return await self.app(scope, receive, send)
         head, began, status = Headers(scope=scope), time.perf_counter(), 499
-        rid = scope.setdefault("state", {})["request_id"] = request_id(head.get("x-request-id"))
+        state = scope.setdefault("state", {})
+        rid = state["request_id"] = request_id(head.get("x-request-id"))
+        state["began"], said = began, state.setdefault("said", {})
         unread = head.get("content-length", "0")!="0" or "transfer-encoding" in head
         async def receive_():
             nonlocal unread
@@ -53,22 +61,27 @@ class Envelope:
             if m["type"]=="http.response.start":
                 status, out = m["status"], MutableHeaders(scope=m)
                 out["x-request-id"], out["x-content-type-options"] = rid, "nosniff"
-                if unread: out["connection"] = "close"
+                if unread or self.closing(): out["connection"] = "close"
             await send(m)
-        try: await self.app(scope, receive_, send_)
-        except ClientDisconnect: pass
+        try:
+            if sum(len(k)+len(v)+4 for k, v in scope["headers"])>self.max_head:
+                await refuse(Request(scope), "headers_too_large", f"the headers have more than {self.max_head} bytes")(scope, receive_, send_)
+            else: await self.app(scope, receive_, send_)
+        except (ClientDisconnect, ConnectionError): pass
         except Exception as e:
             LOG.error("unexpected", exc_info=e, extra=dict(fields=dict(id=rid)))
             if status==499: await refuse(Request(scope), "internal", "an unexpected error; the log has it under this request id")(scope, receive_, send_)
         finally:
+            spent = time.perf_counter()-began
+            self.seen(getattr(scope.get("route"), "path", None), status, spent)
             LOG.info("request", extra=dict(fields=dict(id=rid, method=scope["method"][:16], path=scope["path"][:200], status=status,
-                ms=round(1000*(time.perf_counter()-began), 1), bytes=head.get("content-length", "")[:20])))
+                ms=round(1000*spent, 1), bytes=head.get("content-length", "")[:20], **said)))
 
 # %% ../../nbs/62_serve.envelope.ipynb #64b69c5c
 class JsonLines(logging.Formatter):
     "One record, one line of JSON of at most 8 kB."
     def format(self, record):
-        said = dict(time=self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), level=record.levelname.lower(), message=record.getMessage()[:500])
+        said = dict(time=self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), level=record.levelname.lower(), pid=record.process, message=record.getMessage()[:500])
         said |= getattr(record, "fields", {})
         if record.exc_info: said["exception"] = self.formatException(record.exc_info)[-2500:]
         line = json.dumps(said)
