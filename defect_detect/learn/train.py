@@ -136,7 +136,9 @@ class _Learner(Learner):
     "fastai's, but may begin at a later epoch; its own way to skip some leaves rows without numbers in the history."
     first = 0
     def _do_fit(self):
-        for self.epoch in range(self.first, self.n_epoch): self._with_events(self._do_epoch, "epoch", CancelEpochException)
+        for epoch in range(self.first, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
 # %% ../../nbs/22_learn.train.ipynb #ba59fe80
 def train(dls:DataLoaders, # from `make_loaders`
