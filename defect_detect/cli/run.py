@@ -141,6 +141,7 @@ def run_pipeline(name:Annotated[str, typer.Argument(help="of the run; it works i
                  data:Annotated[Path|None, typer.Option(help="folder of pictures, or a zip of one; none: the demo set")]=None,
                  param:Annotated[list[str], typer.Option("-p", "--param", metavar="STAGE.NAME=VALUE", help="one parameter; may be repeated")]=[],
                  force:Annotated[bool, typer.Option("--force", help="run every stage, changed or not")]=False,
+                 resume:Annotated[bool, typer.Option("--resume", help="let a training that was stopped go on from its last epoch; it ends in the same bytes")]=False,
                  ask:Annotated[bool, typer.Option("--ask", help="then start the service and send it two test pictures")]=False,
                  json_:Json=False):
     "Run the four stages: prepare, train, export, evaluate."
@@ -152,7 +153,7 @@ def run_pipeline(name:Annotated[str, typer.Argument(help="of the run; it works i
     with hold(name, root), _Screen(sys.stderr if json_ else sys.stdout) as say:
         folder = make_run(name, pictures, params, root)
         (folder/"index.html").unlink(missing_ok=True) # a page about other results must not be taken for one about these
-        took = repro(folder, force, say)
+        took = repro(folder, force, say, resume)
         write_page(folder, took)
     if json_: return print(json.dumps(dict(run=name, stages={k: dict(how=h, seconds=round(s, 1)) for k, (h, s) in took.items()}, metrics=json.loads((folder/"evaluate/metrics.json").read_text()))))
     _report(folder.relative_to(root), took)
