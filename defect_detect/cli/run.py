@@ -262,17 +262,33 @@ def _pairs(title, rows, a, b):
     table([("  "+k, *(json.dumps(v) if not isinstance(v, str) else v[:16] for v in vs)) for k, vs in rows.items()], ("", a, b))
 
 
-@run_group.command("compare", epilog="Example: defect-detect run compare demo mine")
-def run_compare(a:Annotated[str, typer.Argument(metavar="A", help="a run")], b:Annotated[str, typer.Argument(metavar="B", help="another; differences are B minus A")],
-                draws:Annotated[int, typer.Option(min=10, max=100000, help="of the bootstrap over parts")]=500, json_:Json=False):
-    "What changed from run A to run B: parameters, data, numbers, verdicts."
+@run_group.command("compare", epilog="Example: defect-detect run compare demo v1.2:tiles --notebook compared.ipynb")
+def run_compare(a:Annotated[str, typer.Argument(metavar="A", help="a run, a record in models/, or a record in git: TAG:NAME, or TAG where only one is")],
+                b:Annotated[str, typer.Argument(metavar="B", help="another; differences are B minus A")],
+                draws:Annotated[int, typer.Option(min=10, max=100000, help="of the bootstrap over parts")]=500,
+                notebook:Annotated[Path|None, typer.Option(metavar="OUT.ipynb", help="also write it as an executed notebook, with the pictures that changed verdict")]=None,
+                json_:Json=False):
+    "What changed from A to B: parameters, data, numbers, verdicts."
+    from defect_detect.run.compare import compare_runs
+    from defect_detect.run.sides import compare_notebook, open_side
+    root = _project()
+    with open_side(a, root) as x, open_side(b, root) as y:
+        d = compare_runs(x, y, draws, (a, b))
+        if json_: print(json.dumps(d.json()))
+        else: _say_compared(d)
+        if notebook:
+            with _Screen(sys.stderr if json_ else sys.stdout) as say: compare_notebook(x, y, (a, b), notebook.expanduser(), root, draws, say)
+            if not json_: print(f"\nNotebook: {notebook}   {notebook.with_suffix('.html').name}")
+
+
+def _say_compared(d):
     from defect_detect.judge.report import number
-    from defect_detect.run.compare import FEW, compare_runs
-    from defect_detect.run.pipeline import find_run
-    d = compare_runs(*(find_run(n, _project()) for n in (a, b)), draws)
-    if json_: return print(json.dumps(d.json()))
+    from defect_detect.run.compare import FEW
+    a, b, t = d.a, d.b, d.tested
     for title, rows in (("Parameters", d.params), ("Data", d.data), ("Made with", d.made)): _pairs(title, rows, a, b)
-    t = d.tested
+    if d.unpaired:
+        print(f"The predictions of {' and '.join(d.unpaired)} are neither here nor in a remote: each has its own numbers, on its own test part, and no difference is sure.\n")
+        return table([(k, number(m["a"]), number(m["b"]), number(m["difference"])) for k, m in d.metrics.items()], ("number [95 %]", a, b, "difference"))
     other = [f"{t[k]} only by {n}" for k, n in (("only_a", a), ("only_b", b)) if t[k]]
     print(f"Test: {t['common']} pictures of {t['parts']} parts by both"+(f"; {', '.join(other)}: left out of what follows" if other else ""))
     if not t["common"]: return print("There is no picture that both tested, so their numbers cannot be compared.")
