@@ -77,6 +77,25 @@ def test_push_and_fetch(project):
     shutil.rmtree(project/"runs/.cache")
 
 
+def test_compare_records(project):
+    "A tag against a record whose run is gone: predictions come from the remote; without it only the numbers of each are left, and it is said."
+    out_book = project.parent/"compared.ipynb"
+    rc, out, err = call(project, "run", "compare", "v1", "tiles", "--draws", "20", "--json", "--notebook", out_book)
+    assert rc==0, out+err
+    d = json.loads(out)
+    assert (d["a"], d["b"], d["unpaired"], d["verdicts"], d["params"])==("v1", "tiles", [], [], {}) and d["tested"]["common"]>0 and d["tested"]["only_a"]==0
+    assert all(m["difference"]["value"] in (0, None) for m in d["metrics"].values()) and d["metrics"]["escape"]["a"]["value"] is not None
+    assert "0 pictures changed verdict" in out_book.read_text() and out_book.with_suffix(".html").exists()
+    (project.parent/"far").rename(project.parent/"lost")
+    shutil.rmtree(project/"runs/.cache")
+    try:
+        rc, out, err = call(project, "run", "compare", "v1:tiles", "tiles")
+        assert rc==0 and "The predictions of v1:tiles and tiles are neither here nor in a remote" in out and "is better" not in out, out+err
+    finally: (project.parent/"lost").rename(project.parent/"far")
+    rc, out, err = call(project, "run", "compare", "v1:tile", "tiles")
+    assert rc==2 and "there are tiles" in err and err.count("\n")==1
+
+
 @pytest.mark.scaled
 def test_replay(project, many):
     "Rebuilt at the tag, or where the record only lies, with the code of its run: every byte, every time."

@@ -168,7 +168,5 @@ def compare_runs(a:str|Path, b:str|Path, # folders of two runs that ended, or of
     turned = np.flatnonzero((x.verdict!=y.verdict).to_numpy())
     right = lambda r: (r.verdict=="defect")==bool(r.bad) if r.verdict!="review" else None
     verdicts = [dict(image=r.image, label=r.label, a=r.verdict, b=s.verdict, score_a=float(r.score), score_b=float(s.score), right_a=right(r), right_b=right(s)) for r, s in ((x.iloc[i], y.iloc[i]) for i in turned)]
-    return Comparison(Path(a).name, Path(b).name, _differ(_flat(ta.receipt["params"]), _flat(tb.receipt["params"])),
-                      _differ(*({k: t.receipt["data"].get(k) for k in ("name", "md5", "table")} for t in (ta, tb))), _made(ta.receipt, tb.receipt),
-                      dict(common=len(x), only_a=len(ta.rows)-len(x), only_b=len(tb.rows)-len(x), parts=int(x.group.nunique())),
+    return Comparison(*about, dict(common=len(x), only_a=len(ta.rows)-len(x), only_b=len(tb.rows)-len(x), parts=int(x.group.nunique())),
                       {k: metric_difference(x, y, k, n) for k in STATS} if len(x) else {}, verdicts, [])

@@ -23,7 +23,7 @@ from ..core.predictor import Predictor
 from ..data.layouts import DataError
 from ..data.read import classes_of, load_image, load_mask, read_table
 from ..judge.pictures import Sheet, sheet
-from .pipeline import RunError, find_run
+from .pipeline import find_run
 from .record import RECORD, read_recorded, read_whole, recorded
 from .schema import ParameterError
 from .store import cached_files, fetch
