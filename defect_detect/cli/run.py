@@ -262,19 +262,21 @@ def _pairs(title, rows, a, b):
     table([("  "+k, *(json.dumps(v) if not isinstance(v, str) else v[:16] for v in vs)) for k, vs in rows.items()], ("", a, b))
 
 
-@run_group.command("compare", epilog="Example: defect-detect run compare demo mine")
-def run_compare(a:Annotated[str, typer.Argument(metavar="A", help="a run")], b:Annotated[str, typer.Argument(metavar="B", help="another; differences are B minus A")],
+@run_group.command("compare", epilog="Example: defect-detect run compare v1.0 mine")
+def run_compare(a:Annotated[str, typer.Argument(metavar="A", help="a run, a record, a tag or commit, or COMMIT:RECORD")], b:Annotated[str, typer.Argument(metavar="B", help="another; differences are B minus A")],
                 draws:Annotated[int, typer.Option(min=10, max=100000, help="of the bootstrap over parts")]=500, json_:Json=False):
-    "What changed from run A to run B: parameters, data, numbers, verdicts."
+    "What changed from A to B: parameters, data, numbers, verdicts."
     from defect_detect.judge.report import number
-    from defect_detect.run.compare import FEW, compare_runs
-    from defect_detect.run.pipeline import find_run
-    d = compare_runs(*(find_run(n, _project()) for n in (a, b)), draws)
+    from defect_detect.run.compare import FEW, compare_runs, find_tested
+    d = compare_runs(*(find_tested(n, _project()) for n in (a, b)), draws)
     if json_: return print(json.dumps(d.json()))
     for title, rows in (("Parameters", d.params), ("Data", d.data), ("Made with", d.made)): _pairs(title, rows, a, b)
     t = d.tested
     other = [f"{t[k]} only by {n}" for k, n in (("only_a", a), ("only_b", b)) if t[k]]
-    print(f"Test: {t['common']} pictures of {t['parts']} parts by both"+(f"; {', '.join(other)}: left out of what follows" if other else ""))
+    if not d.missing: print(f"Test: {t['common']} pictures of {t['parts']} parts by both"+(f"; {', '.join(other)}: left out of what follows" if other else ""))
+    if d.missing:
+        print(f"The predictions of {' and '.join(d.missing)} are neither here nor in a remote: each number is its own, and no difference is drawn.\n")
+        return table([(k, number(m["a"]), number(m["b"])) for k, m in d.metrics.items()], ("number [95 %]", a, b))
     if not t["common"]: return print("There is no picture that both tested, so their numbers cannot be compared.")
     print()
     table([(k, number(m["a"]), number(m["b"]), number(m["difference"]), {"a": f"{a} is better", "b": f"{b} is better"}.get(m["better"], "may be chance" if m["parts"]>=FEW else f"too few parts: {m['parts']}")) for k, m in d.metrics.items()], ("number [95 %]", a, b, "difference", ""))

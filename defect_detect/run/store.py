@@ -7,7 +7,6 @@ __all__ = ['find_remote', 'cache_dir', 'push', 'fetch', 'cached_files']
 
 # %% ../../nbs/4a_run.store.ipynb #4bd81d49
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
