@@ -51,7 +51,7 @@ def project(tmp_path_factory):
     rc, out, err = call(to, "run", "pipeline", "first", "--data", to.parent/"pictures", *QUICK, library=to)
     assert rc==0, out+err
     (to/"data/.dvc").mkdir(parents=True)
-    (to/"data/.dvc/config").write_text('[core]\n    remote = store\n[\'remote "store"\']\n    url = ../../far\n')
+    (to/"data/.dvc/config").write_text('[core]\n    remote = store\n[\'remote "store"\']\n    url = ../../../far\n')
     rc, out, err = call(to, "run", "record", "first", "--as", "tiles")
     assert rc==0 and "outputs pushed to the remote store" in out, out+err
     git(to, "add", "models")
@@ -102,6 +102,19 @@ def test_a_difference_is_seen(project, tmp_path):
     try: assert _differs(tmp_path, "evaluate", md5, lock, receipt, files, project)=={"metrics.json": found["metrics.json"]}
     finally: (project.parent/"lost").rename(project.parent/"far")
     assert _differs(tmp_path, "evaluate", dvc_hash(tmp_path/"evaluate"), lock, receipt, files, project)["metrics.json"]==""
+
+
+def test_a_tag_is_compared(project):
+    "The run is gone; its predictions come from the remote, else its numbers stand alone."
+    words = ("run", "compare", "v1", "v1:tiles", "--draws", 10, "--json")
+    rc, out, err = call(project, *words)
+    d = json.loads(out)
+    assert rc==0 and d["missing"]==[] and d["tested"]["common"]>0 and d["params"]=={} and d["metrics"]["auroc"]["difference"]["value"]==0, err
+    shutil.rmtree(project/"runs/.cache")
+    (project.parent/"far").rename(project.parent/"lost")
+    try: d = json.loads(call(project, *words)[1])
+    finally: (project.parent/"lost").rename(project.parent/"far")
+    assert d["missing"]==["v1", "v1:tiles"] and d["metrics"]["auroc"]["a"] and d["metrics"]["auroc"]["difference"]["value"] is None
 
 
 def refused(project, ref, why, *words):

@@ -262,13 +262,26 @@ def _pairs(title, rows, a, b):
     table([("  "+k, *(json.dumps(v) if not isinstance(v, str) else v[:16] for v in vs)) for k, vs in rows.items()], ("", a, b))
 
 
+def _compare_notebook(d, a:str, to:Path):
+    import tempfile
+    from defect_detect.run.compare import find_pictures
+    from defect_detect.run.notebook import own_process, run_notebook
+    data, table = find_pictures(a, _project())
+    own_process()
+    with tempfile.TemporaryDirectory() as tmp:
+        (Path(tmp)/"comparison.json").write_text(json.dumps(d.json()))
+        run_notebook(_project()/"nbs/pipeline/compare.ipynb", to, dict(comparison=f"{tmp}/comparison.json", data=str(data), table=str(table)), say=lambda s: print(s, file=sys.stderr))
+
+
 @run_group.command("compare", epilog="Example: defect-detect run compare v1.0 mine")
 def run_compare(a:Annotated[str, typer.Argument(metavar="A", help="a run, a record, a tag or commit, or COMMIT:RECORD")], b:Annotated[str, typer.Argument(metavar="B", help="another; differences are B minus A")],
-                draws:Annotated[int, typer.Option(min=10, max=100000, help="of the bootstrap over parts")]=500, json_:Json=False):
+                draws:Annotated[int, typer.Option(min=10, max=100000, help="of the bootstrap over parts")]=500,
+                notebook:Annotated[Path|None, typer.Option(help="write an executed notebook with the pictures that changed verdict, and its HTML")]=None, json_:Json=False):
     "What changed from A to B: parameters, data, numbers, verdicts."
     from defect_detect.judge.report import number
     from defect_detect.run.compare import FEW, compare_runs, find_tested
     d = compare_runs(*(find_tested(n, _project()) for n in (a, b)), draws)
+    if notebook: _compare_notebook(d, a, notebook)
     if json_: return print(json.dumps(d.json()))
     for title, rows in (("Parameters", d.params), ("Data", d.data), ("Made with", d.made)): _pairs(title, rows, a, b)
     t = d.tested
