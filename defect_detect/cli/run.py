@@ -262,35 +262,34 @@ def _pairs(title, rows, a, b):
     table([("  "+k, *(json.dumps(v) if not isinstance(v, str) else v[:16] for v in vs)) for k, vs in rows.items()], ("", a, b))
 
 
-@run_group.command("compare", epilog="Example: defect-detect run compare demo v1.2:tiles --notebook compared.ipynb")
-def run_compare(a:Annotated[str, typer.Argument(metavar="A", help="a run, a record in models/, or a record in git: TAG:NAME, or TAG where only one is")],
-                b:Annotated[str, typer.Argument(metavar="B", help="another; differences are B minus A")],
+def _compare_notebook(d, a:str, to:Path):
+    import tempfile
+    from defect_detect.run.compare import find_pictures
+    from defect_detect.run.notebook import own_process, run_notebook
+    data, table = find_pictures(a, _project())
+    own_process()
+    with tempfile.TemporaryDirectory() as tmp:
+        (Path(tmp)/"comparison.json").write_text(json.dumps(d.json()))
+        run_notebook(_project()/"nbs/pipeline/compare.ipynb", to, dict(comparison=f"{tmp}/comparison.json", data=str(data), table=str(table)), say=lambda s: print(s, file=sys.stderr))
+
+
+@run_group.command("compare", epilog="Example: defect-detect run compare v1.0 mine")
+def run_compare(a:Annotated[str, typer.Argument(metavar="A", help="a run, a record, a tag or commit, or COMMIT:RECORD")], b:Annotated[str, typer.Argument(metavar="B", help="another; differences are B minus A")],
                 draws:Annotated[int, typer.Option(min=10, max=100000, help="of the bootstrap over parts")]=500,
-                notebook:Annotated[Path|None, typer.Option(metavar="OUT.ipynb", help="also write it as an executed notebook, with the pictures that changed verdict")]=None,
-                json_:Json=False):
+                notebook:Annotated[Path|None, typer.Option(help="write an executed notebook with the pictures that changed verdict, and its HTML")]=None, json_:Json=False):
     "What changed from A to B: parameters, data, numbers, verdicts."
-    from defect_detect.run.compare import compare_runs
-    from defect_detect.run.sides import compare_notebook, open_side
-    root = _project()
-    with open_side(a, root) as x, open_side(b, root) as y:
-        d = compare_runs(x, y, draws, (a, b))
-        if json_: print(json.dumps(d.json()))
-        else: _say_compared(d)
-        if notebook:
-            with _Screen(sys.stderr if json_ else sys.stdout) as say: compare_notebook(x, y, (a, b), notebook.expanduser(), root, draws, say)
-            if not json_: print(f"\nNotebook: {notebook}   {notebook.with_suffix('.html').name}")
-
-
-def _say_compared(d):
     from defect_detect.judge.report import number
-    from defect_detect.run.compare import FEW
-    a, b, t = d.a, d.b, d.tested
+    from defect_detect.run.compare import FEW, compare_runs, find_tested
+    d = compare_runs(*(find_tested(n, _project()) for n in (a, b)), draws)
+    if notebook: _compare_notebook(d, a, notebook)
+    if json_: return print(json.dumps(d.json()))
     for title, rows in (("Parameters", d.params), ("Data", d.data), ("Made with", d.made)): _pairs(title, rows, a, b)
-    if d.unpaired:
-        print(f"The predictions of {' and '.join(d.unpaired)} are neither here nor in a remote: each has its own numbers, on its own test part, and no difference is sure.\n")
-        return table([(k, number(m["a"]), number(m["b"]), number(m["difference"])) for k, m in d.metrics.items()], ("number [95 %]", a, b, "difference"))
+    t = d.tested
     other = [f"{t[k]} only by {n}" for k, n in (("only_a", a), ("only_b", b)) if t[k]]
-    print(f"Test: {t['common']} pictures of {t['parts']} parts by both"+(f"; {', '.join(other)}: left out of what follows" if other else ""))
+    if not d.missing: print(f"Test: {t['common']} pictures of {t['parts']} parts by both"+(f"; {', '.join(other)}: left out of what follows" if other else ""))
+    if d.missing:
+        print(f"The predictions of {' and '.join(d.missing)} are neither here nor in a remote: each number is its own, and no difference is drawn.\n")
+        return table([(k, number(m["a"]), number(m["b"])) for k, m in d.metrics.items()], ("number [95 %]", a, b))
     if not t["common"]: return print("There is no picture that both tested, so their numbers cannot be compared.")
     print()
     table([(k, number(m["a"]), number(m["b"]), number(m["difference"]), {"a": f"{a} is better", "b": f"{b} is better"}.get(m["better"], "may be chance" if m["parts"]>=FEW else f"too few parts: {m['parts']}")) for k, m in d.metrics.items()], ("number [95 %]", a, b, "difference", ""))
