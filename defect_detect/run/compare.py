@@ -41,7 +41,7 @@ def list_runs(root:str|Path=".", # the project
     for f in sorted((Path(root)/"runs").glob("[a-z0-9]*/dvc.yaml")):
         r, metrics = read_receipt(f.parent), f.parent/"evaluate/metrics.json"
         if not r or not metrics.is_file():
-            if not (f.parent/".verify").exists(): unfinished.append(f.parent.name)
+            if not any((f.parent/mark).exists() for mark in (".verify", ".trial")): unfinished.append(f.parent.name)
             continue
         m = json.loads(metrics.read_text())
         rows.append(dict(name=f.parent.name, when=r["finished"], data=r["data"]["name"], data_md5=r["data"]["md5"], seconds=sum(s["seconds"] or 0 for s in r["stages"].values()), parts=m["parts"], pictures=m["pictures"], **{k: m[k] for k in BETTER}))
