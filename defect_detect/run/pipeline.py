@@ -256,9 +256,9 @@ def _before(stages, name):
 
 def repro(run:str|Path, # from `make_run`
           force:bool=False, # run every stage, changed or not
-          upto:str="", # stage that is the last to run; '': all of them
           say:Callable[[str], None]=print, # gets progress, a line at a time
           resume:bool=False, # a training that was stopped goes on from its last epoch
+          upto:str="", # stage that is the last to run; '': all of them
 )->dict[str, tuple[str, float]]: # stage -> ('ran' | 'unchanged' | 'cached', seconds)
     "Run the stages of `run` that have to; raise `RunError` when one fails."
     run = Path(run)

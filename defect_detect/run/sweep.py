@@ -126,7 +126,12 @@ def open_storage(folder:Path, # of the sweep
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     if not url: return JournalStorage(JournalFileBackend(str(folder/"journal.jsonl"), lock_obj=_Lock(folder/"journal.jsonl")))
     check_url(url)
-    return optuna.storages.RDBStorage("postgresql+psycopg://"+url.partition("://")[2], engine_kwargs=dict(pool_pre_ping=True, connect_args=dict(connect_timeout=10)), heartbeat_interval=BEAT, grace_period=6*BEAT)
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
+    for again in range(5):
+        try: return optuna.storages.RDBStorage("postgresql+psycopg://"+url.partition("://")[2], engine_kwargs=dict(pool_pre_ping=True, connect_args=dict(connect_timeout=10)), heartbeat_interval=BEAT, grace_period=6*BEAT)
+        except (IntegrityError, ProgrammingError): # two machines made the tables at the same moment
+            if again==4: raise
+            time.sleep(.5*(again+1))
 
 
 @contextlib.contextmanager
