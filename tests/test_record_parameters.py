@@ -28,7 +28,7 @@ HEAD = "from typing import Annotated, Literal\nfrom pydantic import Field"
 quick = settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 started = []
-sys.addaudithook(lambda event, args: started.append(args[0]) if event in ("subprocess.Popen", "os.posix_spawn", "os.exec", "os.system", "os.fork") else None)
+sys.addaudithook(lambda event, args: started.append(args[0] if args else event) if event in ("subprocess.Popen", "os.posix_spawn", "os.exec", "os.system", "os.fork") else None)
 
 
 def make(folder):

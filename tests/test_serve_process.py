@@ -233,7 +233,7 @@ def test_workers_add_up(bundle):
         workers_of(p)[0].kill()
         wait_for(lambda: metric(u, "ready") == 2 and len(workers_of(p)) == 2)
         assert said() == len(load.seen) and metric(u, "places") == 0
-        assert re.search(r'defect_detect_bundle\{name="example-spot",version="\w{12}"\} 2\.0', WEB.get(f"{u}/metrics").text)
+        assert wait_for(lambda: re.search(r'defect_detect_bundle\{name="example-spot",version="\w{12}"\} 2\.0', WEB.get(f"{u}/metrics").text))
     left = [d for d in os.listdir("/dev/shm") if d.startswith("defect-detect-")] if os.path.isdir("/dev/shm") else []
     assert not [d for d in left if psutil.Process().create_time()<os.stat(f"/dev/shm/{d}").st_ctime and not os.listdir(f"/dev/shm/{d}")]
 
