@@ -43,6 +43,7 @@ def edit(path, change):
 def hand_edit(p): (p/"defect_detect/core/image.py").open("a").write("\n# by hand\n")
 def orphan(p): (p/"defect_detect/core/lost.py").write_text("x = 1\n")
 def unclean(p): edit(p/"nbs/00_core.image.ipynb", lambda cells: next(c for c in cells if c.cell_type=="code").update(execution_count=3))
+def stray_output(p): edit(p/"nbs/00_core.image.ipynb", lambda cells: next(c for c in cells if c.cell_type=="code").update(outputs=[nbformat.v4.new_output("stream", name="stderr", text="a warning")]))
 def lost_tag(p): edit(p/"nbs/pipeline/2_train.ipynb", lambda cells: [c.metadata.pop("tags", None) for c in cells])
 def a_def(p): edit(p/"nbs/pipeline/2_train.ipynb", lambda cells: cells.append(nbformat.v4.new_code_cell("def f(): pass")))
 def higher_room(p): (p/"defect_detect/core/image.py").open("a").write("\ndef f():\n    from ..judge import score\n")
@@ -71,7 +72,7 @@ def wrong_output(p):
     f.write_text(text.replace("pictures show 24 parts", "pictures show 25 parts"))
 
 
-FAULTS = [("drift", hand_edit, "core/image.py"), ("drift", orphan, "lost.py"), ("drift", unclean, "00_core.image.ipynb"), ("readme", wrong_readme, "README.md"),
+FAULTS = [("drift", hand_edit, "core/image.py"), ("drift", orphan, "lost.py"), ("drift", unclean, "00_core.image.ipynb"), ("drift", stray_output, "is a complaint"), ("readme", wrong_readme, "README.md"),
           ("stages", lost_tag, "0 cells tagged"), ("stages", a_def, "a def belongs"), ("stages", missing_module, "stage train does not list"), ("stages", unknown_parameter, "epohcs"), ("stages", stale_form, "run update-workflow"),
           ("imports", higher_room, "BROKEN"), ("imports", heavy_service, "BROKEN"), ("style", unused, "F401"), ("tutorials", wrong_output, "pictures show 2")]
 

@@ -31,6 +31,9 @@ def files(folder:Path, *endings:str)->set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in endings and not {".ipynb_checkpoints", "__pycache__"}&set(p.parts)}
 
 
+_STRAY = re.compile(r'^ +"name": "stderr",$|site-packages', re.M)
+
+
 def drift():
     "A rebuild of the library from nothing gives the bytes that are here."
     with tempfile.TemporaryDirectory() as tmp:
@@ -45,6 +48,8 @@ def drift():
         for d, ending, remedy in (("defect_detect", ".py", "it is not what the notebooks export: make prepare"), ("nbs", ".ipynb", "it is not clean: make prepare")):
             a, b = files(ROOT/d, ending), files(copy/d, ending)
             for f in sorted(a|b): yield f"{d}/{f}", "" if f in a&b and filecmp.cmp(ROOT/d/f, copy/d/f, shallow=False) else remedy
+        for p in sorted((ROOT/"nbs").rglob("*.ipynb")):
+            if ".ipynb_checkpoints" not in p.parts: yield f"outputs of {p.relative_to(ROOT)}", "a saved output is a complaint (stderr) or names a path of a machine: mend its cause, or clear it" if _STRAY.search(p.read_text()) else ""
 
 
 def readme():
