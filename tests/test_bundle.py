@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -254,6 +255,25 @@ def test_openvino_tells_nobody(good, tmp_path):
         subprocess.run([sys.executable, "-c", code, str(bundle)], check=True, timeout=120, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path/home), "PYTHONPATH": str(ROOT)}, cwd=tmp_path/home)
     assert not list((tmp_path/"a").rglob("*")), "a prediction wrote into the home"
     assert list((tmp_path/"planted").rglob("*ga_cid*")), "openvino no longer writes its id: this check sees nothing"
+
+
+def test_a_signal_after_openvino(good, tmp_path):
+    "Two engines have come and gone; a signal is still only a signal. The planted fault: each has a core of its own."
+    code = """import gc, os, signal, sys
+from defect_detect.core import predictor
+two = []
+for _ in range(2):
+    if sys.argv[2]=="fault": predictor._openvino.cache_clear()
+    two.append(predictor.Predictor.load(sys.argv[1]))
+if sys.argv[2]=="fault": predictor._openvino.cache_clear()
+while two: two.pop(0); gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("heard", flush=True))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    bundle = str(openvino_of(good, tmp_path))
+    right, fault = (subprocess.run([sys.executable, "-c", code, bundle, w], capture_output=True, text=True, timeout=120) for w in ("right", "fault"))
+    assert (right.returncode, right.stdout)==(0, "heard\n"), right.stderr
+    if sys.platform=="linux": assert fault.returncode==-signal.SIGSEGV, "openvino puts back the right stack now: the core need not be the only one"
 
 
 def test_without_openvino_one_line_names_the_extra(good, tmp_path):

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -57,6 +58,15 @@ class OrtEngine:
     def run(self, batch): return self.session.run(None, {self.input: batch})[0]
 
 # %% ../../nbs/03_core.predictor.ipynb #733b1a49
+@cache
+def _openvino():
+    "The one core of the process. Each core gives its thread a stack for signals; of two that go, the second puts back the stack of the first, whose memory is gone, and the next signal ends the process."
+    sys.modules.setdefault("openvino_telemetry", None) # importing it would write an id into the home and send it
+    try: import openvino as ov
+    except ImportError as e: raise BundleError("this needs openvino, which is not installed: pip install 'defect_detect[openvino]'") from e
+    return ov.Core()
+
+
 class OpenVinoEngine:
     "OpenVINO on the CPU; needs the extra `openvino`."
     def __init__(self,
@@ -64,12 +74,9 @@ class OpenVinoEngine:
         threads:int=1, # 0: OpenVINO decides
         precision:str="fp32", # fp32 | int8 | bf16; the first two are what `model` is in
     ):
-        sys.modules.setdefault("openvino_telemetry", None) # importing it would write an id into the home and send it
-        try: import openvino as ov
-        except ImportError as e: raise BundleError("this needs openvino, which is not installed: pip install 'defect_detect[openvino]'") from e
+        core = _openvino()
         import io
         from openvino.frontend import FrontEndManager
-        core = ov.Core()
         if precision=="bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"): raise BundleError("OpenVINO has no bf16 on this CPU")
         how = {"INFERENCE_PRECISION_HINT": "bf16" if precision=="bf16" else "f32", "NUM_STREAMS": 1, **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
         onnx = FrontEndManager().load_by_framework("onnx")
