@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from serving import wait_for
 from test_faults import call, linux, one_line, small_disk
 
 from defect_detect.core.bundle import example_bundle, read_bundle, write_bundle
@@ -40,7 +41,7 @@ def place(tmp_path_factory):
 # What a planted fault changes, as code that runs in the process that is killed.
 FAULTS = dict(none="", half="w = m.write_whole; m.write_whole = lambda p, t: p.write_text(t[:len(t)//2]) if p.name=='00000001.jsonl' else w(p, t)",
               double="old = m.score_stream; m.score_stream = lambda p, *a: old(p if len(p)==600 else [p[0], *p], *a)")
-KILLED = "import sys, time; import defect_detect.run.score as m; {fault}\nold_stream = m.score_stream\ndef slow(*a):\n for r in old_stream(*a): time.sleep(.002); yield r\nm.score_stream = slow; m.score(*sys.argv[1:4]); print('done')"
+KILLED = "import sys, time; import defect_detect.run.score as m; {fault}\nold_stream = m.score_stream\ndef slow(*a):\n for r in old_stream(*a): time.sleep(.004); yield r\nm.score_stream = slow; m.score(*sys.argv[1:4]); print('done')"
 
 
 def killed_until_done(place, out, fault, rng, most):
@@ -49,7 +50,9 @@ def killed_until_done(place, out, fault, rng, most):
     while True:
         p = subprocess.Popen([sys.executable, "-c", KILLED.format(fault=FAULTS[fault]), place/"p", place/"b", out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/")
         try:
-            if kills<most: p.wait(timeout=rng.uniform(.6, 2.6))
+            if kills<most:
+                wait_for(lambda: (out.with_name(f".{out.name}.parts")/"plan.json").exists() or p.poll() is not None)
+                p.wait(timeout=rng.uniform(0, .9)) # the first time at least, it has more than a second's work before it
             else: p.wait(timeout=120)
         except subprocess.TimeoutExpired: p.send_signal(signal.SIGKILL)
         err = p.communicate()[1].decode()

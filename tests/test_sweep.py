@@ -42,6 +42,7 @@ def project(to):
     (to/"fit.py").write_text(FIT)
     cell = "lr: Annotated[float, Field(gt=0, le=1)] = .003\nnap: float = 0.\n"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell, metadata=dict(tags=["parameters"]))]), to/"nbs/pipeline/2_train.ipynb")
+    shutil.copy(Path(__file__).parents[1]/"nbs/pipeline/sweep.ipynb", to/"nbs/pipeline")
     (to/"params.yaml").write_text("train: {nap: 0.4}\ndemo: {}\n")
     stage = dict(cmd=f"{sys.executable} ${{root}}/fit.py # 2_train.ipynb", deps=["data", "${root}/fit.py"], params=["train"], outs=["train"])
     (to/"dvc.yaml").write_text(yaml.safe_dump(dict(stages=dict(train=stage))))
@@ -96,6 +97,8 @@ def test_a_stopped_sweep_goes_on(tmp_path):
     lost = [t for t in study(root) if t.state.name=="FAIL"]
     assert len(lost)>=2 and all("why" not in t.user_attrs for t in lost)
     said = json.loads(out)
+    page = (root/"runs/s/sweep.html").read_text()
+    assert all(t["run"] in page for t in found.trials) and page.count("<img ")==1 and "The chosen point" in page
     assert said["best"]["run"]==found.best["run"] and f"-p train.lr={found.best['params']['train.lr']}" in said["command"]
 
 

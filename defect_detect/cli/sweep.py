@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from .base import Json, app, table
+from ..core.files import write_whole
 
 # %% ../../nbs/97_cli.sweep.ipynb #5y51cfe3
 def _shown(v): return f"{v:.4g}" if isinstance(v, float) else str(v)
@@ -25,9 +26,16 @@ def _report(s, command):
     rows = sorted(s.trials, key=lambda t: (t["state"]!="complete", -s.better*(t["value"] or 0), t["trial"]))
     names = sorted({k for t in rows for k in t["params"]})
     table([(t["run"], f"{t['value']:.4f}" if t["state"]=="complete" else {"pruned": f"stopped after epoch {t['epochs']}", "fail": "failed: "+t["why"][:60]}.get(t["state"], "under way"), *(_shown(t["params"].get(k, "")) for k in names)) for t in rows[:20]], ("run", s.metric, *names))
-    if len(rows)>20: print(f"and {len(rows)-20} more, in runs/{s.name}/trials.json")
+    if len(rows)>20: print(f"and {len(rows)-20} more, in runs/{s.name}/sweep.html")
     if s.importance: print("importance: "+", ".join(f"{k} {v:.2f}" for k, v in sorted(s.importance.items(), key=lambda kv: -kv[1])))
+    print(f"pictures: runs/{s.name}/sweep.html")
     if command: print(f"\n{s.metric} is of the validation part, the best of {len(rows)} draws; what it is worth says a full run:\n  {command}")
+
+
+def _notebook(root, folder):
+    from defect_detect.run.notebook import own_process, run_notebook
+    own_process()
+    run_notebook(root/"nbs/pipeline/sweep.ipynb", folder/"sweep.ipynb", dict(trials=str(folder/"trials.json")), say=lambda line: None)
 
 # %% ../../nbs/97_cli.sweep.ipynb #5y0aa598
 @app.command("sweep", epilog="Example: defect-detect sweep space.yaml --data data/mine --trials 40 --workers 2")
@@ -56,6 +64,9 @@ def sweep_command(space:Annotated[Path, typer.Argument(help="YAML; a line is tra
     pictures = _picture_set(root, data.expanduser()) if data else _demo_set(root)
     s = sweep(dims, name, pictures, params, root, trials, workers, metric, seed, warmup, storage or os.environ.get(STORAGE, ""), sys.stderr if json_ else None)
     command = s.best and shlex.join(["defect-detect", "run", "pipeline", f"{name}-best", *(["--data", str(data)] if data else []), *(w for p in [*param, *(f"{k}={v}" for k, v in s.best["params"].items())] for w in ("-p", p))])
-    if json_: print(json.dumps(dict(name=name, metric=metric, trials=s.trials, importance=s.importance, best=s.best, command=command)))
+    found = dict(name=name, metric=metric, better=s.better, command=command or "", trials=s.trials, importance=s.importance)
+    write_whole(root/"runs"/name/"trials.json", json.dumps(found, indent=1)+"\n")
+    _notebook(root, root/"runs"/name)
+    if json_: print(json.dumps(found | dict(best=s.best)))
     else: _report(s, command)
     if not s.best: raise typer.Exit(1)

@@ -30,7 +30,6 @@ from typing import Annotated, Any, get_args, get_origin
 import yaml
 from filelock import FileLock, Timeout
 
-from ..core.files import write_whole
 from .notebook import die_with_parent, end_children
 from .pipeline import RunError, check_name, hold, make_run, repro
 from .receipt import read_receipt, stage_notebook
@@ -372,5 +371,4 @@ def sweep(space:Mapping[str, dict], # from `read_space`
         study = _begin(job, folder)
         if sum(map(_counts, study.get_trials(deepcopy=False)))<trials: _supervise(study, job, workers, out)
         found = _result(study, name)
-        write_whole(folder/"trials.json", json.dumps(dict(name=name, metric=metric, read_from=HISTORY, trials=found.trials, importance=found.importance), indent=1)+"\n")
     return found
