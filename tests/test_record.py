@@ -151,6 +151,11 @@ def test_list_and_compare(project, first):
     for k, m in d["metrics"].items():
         for side, name in (("a", "first"), ("b", "second")): assert m[side]["value"]==pytest.approx(metrics[name][k]["value"], abs=1e-4), (k, name)
     assert d["metrics"]["auroc"]["difference"]["value"]==0, "the same weights, the same scores"
+    rc, out, err = call(project, "run", "compare", "first", "second", "--draws", 10, "--notebook", "runs/changed.ipynb", "--json")
+    book = json.loads((project/"runs/changed.ipynb").read_text())
+    said = "".join("".join(o.get("text", [])) for c in book["cells"] for o in c.get("outputs", []))
+    n = len(json.loads(out)["verdicts"])
+    assert rc==0 and f"{n} pictures changed verdict" in said and any("image/png" in o.get("data", {}) for c in book["cells"] for o in c.get("outputs", []))==(n>0) and read_record(project/"runs/changed.ipynb"), err
     d = compare("first", "all")
     assert d["tested"]["only_a"]==0 and d["tested"]["only_b"]==metrics["all"]["pictures"]-metrics["first"]["pictures"]>0 and d["metrics"]["iou"]["difference"]["value"]==0 and d["verdicts"]==[]
     rc, out, err = call(project, "run", "compare", "first", "secnd")

@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/"tools"))
-PARTS = ("nbs", "defect_detect", "tools", "docker", "settings.ini", "setup.py", "params.yaml", "dvc.yaml", "conftest.py", ".importlinter", "ruff.toml", "README.md", "lock.txt", "constraints.txt", "Makefile")
+PARTS = ("nbs", ".github", "defect_detect", "tools", "docker", "settings.ini", "setup.py", "params.yaml", "dvc.yaml", "conftest.py", ".importlinter", "ruff.toml", "README.md", "lock.txt", "constraints.txt", "Makefile")
 
 
 @pytest.fixture
@@ -62,6 +62,9 @@ def missing_module(p):
 def unknown_parameter(p): (p/"params.yaml").write_text((p/"params.yaml").read_text().replace("  epochs: 12", "  epohcs: 12"))
 
 
+def stale_form(p): edit(p/"nbs/pipeline/2_train.ipynb", lambda cells: next(c for c in cells if "parameters" in c.metadata.get("tags", [])).update(source=next(c for c in cells if "parameters" in c.metadata.get("tags", [])).source+"\nextra: int = 1 # of a new kind"))
+
+
 def wrong_output(p):
     f = p/"nbs/tutorials/explore.ipynb"
     text = f.read_text()
@@ -70,7 +73,7 @@ def wrong_output(p):
 
 
 FAULTS = [("drift", hand_edit, "core/image.py"), ("drift", orphan, "lost.py"), ("drift", unclean, "00_core.image.ipynb"), ("drift", stray_output, "is a complaint"), ("readme", wrong_readme, "README.md"),
-          ("stages", lost_tag, "0 cells tagged"), ("stages", a_def, "a def belongs"), ("stages", missing_module, "stage train does not list"), ("stages", unknown_parameter, "epohcs"),
+          ("stages", lost_tag, "0 cells tagged"), ("stages", a_def, "a def belongs"), ("stages", missing_module, "stage train does not list"), ("stages", unknown_parameter, "epohcs"), ("stages", stale_form, "run update-workflow"),
           ("imports", higher_room, "BROKEN"), ("imports", heavy_service, "BROKEN"), ("style", unused, "F401"), ("tutorials", wrong_output, "pictures show 2")]
 
 

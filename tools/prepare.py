@@ -20,7 +20,7 @@ def changed()->list[Path]:
 
 
 def main():
-    for cmd in (["nbdev_clean"], ["nbdev_export"], ["defect-detect", "run", "update-stages"]): run(BIN/cmd[0], *cmd[1:])
+    for cmd in (["nbdev_clean"], ["nbdev_export"], ["defect-detect", "run", "update-stages"], ["defect-detect", "run", "update-workflow"]): run(BIN/cmd[0], *cmd[1:])
     run(sys.executable, "tools/readme.py")
     run(sys.executable, "tools/test.py", "readme", "stages", "imports", "style")
     new = changed()

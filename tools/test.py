@@ -59,10 +59,11 @@ def readme():
 
 
 def stages():
-    "Each pipeline notebook has its schema; each stage of dvc.yaml lists what its notebook reaches."
+    "Each pipeline notebook has its schema; each stage of dvc.yaml lists what its notebook reaches; the training workflow asks for what there is."
     import nbformat
+    from defect_detect.run.inputs import check_workflow
     from defect_detect.run.pipeline import check_stages
-    from defect_detect.run.schema import SchemaError, read_schema
+    from defect_detect.run.schema import ParameterError, SchemaError, read_schema
     for p in sorted((ROOT/"nbs/pipeline").glob("*.ipynb")):
         try: read_schema(p)
         except SchemaError as e: yield p.name, str(e)
@@ -70,6 +71,8 @@ def stages():
     try: found = check_stages(ROOT)
     except SchemaError as e: found = [str(e)]
     yield "dvc.yaml", "; ".join(found)+("; run: defect-detect run update-stages" if found else "")
+    try: yield "train.yml", check_workflow(ROOT)
+    except (ParameterError, SchemaError) as e: yield "train.yml", str(e)
 
 
 def imports():

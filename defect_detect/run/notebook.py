@@ -29,7 +29,7 @@ from .receipt import now, peak_memory, write_record
 from .schema import ParameterError, read_schema
 
 # %% ../../nbs/41_run.notebook.ipynb #7e2bbe48
-QUIET = dict(DVC_NO_ANALYTICS="1", ORT_DISABLE_TELEMETRY="1", ITERATIVE_DO_NOT_TRACK="1", DO_NOT_TRACK="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_IMPLICIT_TOKEN="1",
+QUIET = dict(DVC_NO_ANALYTICS="1", ORT_DISABLE_TELEMETRY="1", ITERATIVE_DO_NOT_TRACK="1", DO_NOT_TRACK="1", DVC_STUDIO_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_IMPLICIT_TOKEN="1",
              JUPYTER_PREFER_ENV_PATH="1", PYTHONHASHSEED="0", OMP_WAIT_POLICY="PASSIVE", PYDEVD_DISABLE_FILE_VALIDATION="1")
 
 
@@ -145,6 +145,15 @@ def plain_path(p:str, # of a notebook, as typed
     if "://" in p or set("{}") & set(p) or not p.isprintable(): raise ParameterError(f"{re.sub('://.*', '://...', ascii(p)[1:-1])[:120]} is not a plain path: addresses, braces and control characters are not allowed")
 
 
+def _failing_first(notebook):
+    "A copy of `notebook`, beside it, that shows the failing cell before all others."
+    nb = nbformat.read(notebook, 4)
+    failing = [c for c in nb.cells if any(o.output_type=="error" for o in c.get("outputs", []))]
+    nb.cells = [nbformat.v4.new_code_cell(c.source, outputs=c.outputs, execution_count=c.execution_count) for c in failing]+nb.cells
+    nbformat.write(nb, copy := Path(notebook).with_suffix(".first.ipynb"))
+    return copy
+
+
 def run_notebook(notebook:str|Path, # with one cell tagged `parameters`
                  output:str|Path, # where the executed notebook will be; its HTML lies beside it
                  values:Mapping[str, Any]={}, # parameters; missing ones keep their defaults
@@ -169,7 +178,7 @@ def run_notebook(notebook:str|Path, # with one cell tagged `parameters`
         try: _execute(notebook, tmp, values, cwd, say)
         except NotebookError as e:
             with contextlib.suppress(OSError): # a full disk, say: then the error itself has to do
-                to_html(tmp, failed.with_suffix(".html"))
+                to_html(_failing_first(tmp), failed.with_suffix(".html"))
                 os.replace(tmp, failed)
             raise NotebookError(f"{e}; see {failed}" if failed.exists() else str(e)) from None
         to_html(tmp, output.with_suffix(".html"))

@@ -27,6 +27,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from ..core.files import write_whole
+from ..learn.checkpoint import RESUME, epochs_done
 from .notebook import OWNER, QUIET
 from .receipt import circumstances, now, stage_notebook, write_receipt
 from .schema import ParameterError, read_schema
@@ -182,7 +183,7 @@ def _fill(run, data, params, root):
         (run/"data").symlink_to(os.path.relpath(data, run) if data.is_relative_to(Path(root).resolve()) else data)
     return run
 
-# %% ../../nbs/42_run.pipeline.ipynb #6c148092
+# %% ../../nbs/42_run.pipeline.ipynb #cca65906
 class RunError(RuntimeError):
     "A run that did not finish; the text says where and why."
 
@@ -237,19 +238,39 @@ def _mend(run):
     except (yaml.YAMLError, Invalid, UnicodeDecodeError): (run/"dvc.lock").unlink() # the cache of runs still knows what was done
 
 
+def _kept(run): return max(run.glob(".*.checkpoint"), key=lambda p: p.stat().st_mtime, default=None)
+
+
+def _go_on(run, since, resume):
+    "What to say of a checkpoint that a run left which did not end: '' unless it is of use."
+    kept = _kept(run)
+    n = epochs_done(kept) if kept and (resume or kept.stat().st_mtime>=since) else 0
+    return f"--resume goes on at epoch {n+1}" if n else ""
+
+
+def _before(stages, name):
+    "`name` and the stages whose outputs it needs."
+    out = {o: s for s in stages for o in stages[s]["outs"]}
+    return {name}.union(*(_before(stages, out[d]) for d in stages[name]["deps"] if d in out))
+
+
 def repro(run:str|Path, # from `make_run`
           force:bool=False, # run every stage, changed or not
           say:Callable[[str], None]=print, # gets progress, a line at a time
+          resume:bool=False, # a training that was stopped goes on from its last epoch
+          upto:str="", # stage that is the last to run; '': all of them
 )->dict[str, tuple[str, float]]: # stage -> ('ran' | 'unchanged' | 'cached', seconds)
     "Run the stages of `run` that have to; raise `RunError` when one fails."
     run = Path(run)
-    n, done, last, tail, failed, t0 = len(yaml.safe_load((run/"dvc.yaml").read_text())["stages"]), {}, None, [], None, time.monotonic()
+    stages, done, last, tail, failed, t0 = yaml.safe_load((run/"dvc.yaml").read_text())["stages"], {}, None, [], None, time.monotonic()
+    n = len(_before(stages, upto) if upto else stages)
     began, about = now(), circumstances(run/yaml.safe_load((run/"params.yaml").read_text()).get("root", ".")/"dvc.yaml", {**os.environ, **QUIET})
-    env = {**os.environ, **QUIET, OWNER: str(os.getpid()), "PYTHONUNBUFFERED": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    since = time.time()
+    env = {**os.environ, **QUIET, RESUME: str(int(resume)), OWNER: str(os.getpid()), "PYTHONUNBUFFERED": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with contextlib.ExitStack() as at_end:
         at_end.enter_context(hold(run.name, run.parents[1]))
         _mend(run)
-        p = at_end.enter_context(subprocess.Popen([sys.executable, "-c", _DVC, "repro", *(["--force"] if force else [])], cwd=run, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        p = at_end.enter_context(subprocess.Popen([sys.executable, "-c", _DVC, "repro", *(["--force"] if force else []), *([upto] if upto else [])], cwd=run, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         _mind_disk(p, run)
         (run/"run.json").unlink(missing_ok=True) # of the run before
         try:
@@ -267,12 +288,15 @@ def repro(run:str|Path, # from `make_run`
                     if not line.startswith("error: "): say(line) # it is raised at the end
         except BaseException:
             p.terminate()
+            p.wait()
+            if go_on := _go_on(run, since, resume): say(go_on)
             raise
     if last: done[last] = (done[last][0], time.monotonic()-t0)
     if p.returncode:
         full = _full(run)
         if any("space" in s.lower() for s in tail) or full: # DVC leaves the halves of files that did not fit
             for half in (run.parent/".cache").rglob(".*.tmp"): half.unlink(missing_ok=True)
-        raise RunError(_why(tail, run, full, failed, p.returncode))
+        raise RunError("; ".join(filter(None, (_why(tail, run, full, failed, p.returncode), _go_on(run, since, resume)))))
+    for old in run.glob(".*.checkpoint"): old.unlink() # the cache had what a stopped training was for
     with hold(run.name, run.parents[1]): write_receipt(run, done, about, began)
     return done

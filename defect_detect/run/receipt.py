@@ -39,8 +39,15 @@ def environment(environ:Mapping[str, str]=os.environ)->dict[str, str]: # name ->
 _ISA = re.compile(r"(f16c|fma|sse4|avx|amx|vnni|bf16|asimd|sve)")
 
 
-def machine(cpuinfo:str|Path="/proc/cpuinfo")->dict[str, Any]:
-    "The kind of machine: system, processor, the flags that matter, how much of it there is."
+def _gpus(driver):
+    "Model and driver of each NVIDIA GPU, as the kernel says; asking CUDA would start it."
+    try: version = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", (driver/"version").read_text())
+    except OSError: return []
+    return [" ".join(filter(None, (m[1].strip() if (m := re.search(r"Model:(.*)", p.read_text())) else "unknown", version and f"driver {version[1]}"))) for p in sorted(driver.glob("gpus/*/information"))]
+
+
+def machine(cpuinfo:str|Path="/proc/cpuinfo", driver:str|Path="/proc/driver/nvidia")->dict[str, Any]:
+    "The kind of machine: system, processor, the flags that matter, GPUs, how much of it there is."
     import psutil
     try: rows = dict(r.split(":", 1) for r in Path(cpuinfo).read_text().split("\n\n")[0].splitlines() if ":" in r)
     except OSError: rows = {} # no Linux
@@ -48,12 +55,12 @@ def machine(cpuinfo:str|Path="/proc/cpuinfo")->dict[str, Any]:
     name = rows.get("model name") or platform.processor() or platform.machine()
     kind = "/".join(rows[k] for k in ("cpu family", "model", "stepping") if k in rows)
     flags = sorted({f for f in (rows.get("flags") or rows.get("Features") or "").split() if _ISA.match(f)})
-    return dict(system=platform.system(), arch=platform.machine(), cpu=name, cpu_model=kind, flags=flags, cores=os.cpu_count(), memory_gb=round(psutil.virtual_memory().total/2**30, 1))
+    return dict(system=platform.system(), arch=platform.machine(), cpu=name, cpu_model=kind, flags=flags, gpus=_gpus(Path(driver)), cores=os.cpu_count(), memory_gb=round(psutil.virtual_memory().total/2**30, 1))
 
 
 def same_kind(a:Mapping, b:Mapping)->bool: # two of `machine`
     "May one expect the same bits from both? Cores and memory do not matter: threads are a parameter."
-    return all(a.get(k)==b.get(k) for k in ("system", "arch", "cpu", "cpu_model", "flags"))
+    return all(a.get(k)==b.get(k) for k in ("system", "arch", "cpu", "cpu_model", "flags")) and (a.get("gpus") or [])==(b.get("gpus") or []) # older receipts name no GPU
 
 # %% ../../nbs/43_run.receipt.ipynb #9be3d9e6
 _LIBRARIES = ("defect_detect", "numpy", "pandas", "pillow", "faiss-cpu", "torch", "torchvision", "fastai", "timm", "segmentation-models-pytorch", "onnx", "onnxruntime", "safetensors", "papermill", "ipykernel", "dvc")

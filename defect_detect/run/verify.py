@@ -89,7 +89,7 @@ def surroundings(run:str|Path, # its folder
     root = run/yaml.safe_load((run/"params.yaml").read_text()).get("root", ".")
     then = [{k: {**receipt, **s.get("differs", {})}[k] for k in ("machine", "versions", "environment")} for s in receipt["stages"].values()]
     here, out = circumstances(root/"dvc.yaml", {**os.environ, **QUIET}), []
-    if odd := next((t["machine"] for t in then if not same_kind(t["machine"], here["machine"])), None): out.append(f"another kind of machine: {here['machine']['cpu']}, then {odd['cpu']}"+("" if odd["cpu"]!=here["machine"]["cpu"] else " with other flags"))
+    if odd := next((t["machine"] for t in then if not same_kind(t["machine"], here["machine"])), None): out.append(f"another kind of machine: {here['machine']['cpu']}, then {odd['cpu']}"+("" if odd["cpu"]!=here["machine"]["cpu"] else " with other flags or GPUs"))
     lock = root/"lock.txt"
     if (sha256(lock.read_bytes()) if lock.exists() else None)!=receipt["lock"]: out.append("another lock.txt")
     for what in ("versions", "environment"):
