@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from defect_detect.data.demo import write_synth
-from defect_detect.data.descriptors import threads
+from defect_detect.core.progress import cores
 from defect_detect.data.groups import find_groups, group_pictures, join, name_links
 from defect_detect.data.read import load_image, read_data
 from defect_detect.data.register import fit, locate, textures, turned
@@ -178,7 +178,7 @@ def main():
     o = a.parse_args()
     if o.one: return print(json.dumps(one(o.one[0], int(o.one[1]), o.one[2])))
     if not (o.synthetic or o.real or o.scale): a.error("nothing to do; allowed: --synthetic, --real FOLDER, --scale N ...")
-    print("python benchmarks/grouping.py", *sys.argv[1:], f"# {threads()} threads, load {os.getloadavg()[0]:.1f}")
+    print("python benchmarks/grouping.py", *sys.argv[1:], f"# {cores()} threads, load {os.getloadavg()[0]:.1f}")
     if o.synthetic: synthetic(o.tiles)
     if o.real: real(o.real, o.sheets)
     if o.scale: scale(o.scale, o.work)

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from defect_detect.core.plan import cores
+from defect_detect.core.progress import cores
 from defect_detect.core.predictor import Predictor
 from defect_detect.run.score import read_rows, score
 

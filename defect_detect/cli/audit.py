@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from .base import Json, bar, data_group, table
+from .base import Json, data_group, table
+from ..core.progress import bar
 
 # %% ../../nbs/94_cli.audit.ipynb #190ca2fa
 _Pictures = Annotated[Path, typer.Argument(help="folder of pictures, or a zip of one")]

@@ -106,7 +106,8 @@ def bundle_plan(run:Annotated[Path, typer.Argument(metavar="RUN|BUNDLE", help="f
                 json_:Json=False):
     "Measure engines, precisions, threads and batch sizes; write what is worth it into params.yaml for 3_export."
     from defect_detect.core.bundle import read_bundle
-    from defect_detect.core.plan import PlanError, candidates, cores, make_plan, write_plan
+    from defect_detect.core.plan import PlanError, candidates, make_plan, write_plan
+    from defect_detect.core.progress import cores
     sizes = [int(s) if s.strip().isdecimal() else 0 for s in batches.split(",")]
     if 1 not in sizes or not all(1<=s<=64 for s in sizes): raise typer.BadParameter(f"{batches!r} is not a list of sizes such as 1,2,4; 1 is among them, 64 is the most", param_hint="--batches")
     b, n = read_bundle(_bundle_of(run)), most_threads or cores()

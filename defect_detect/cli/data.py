@@ -8,13 +8,13 @@ __all__ = ['data_demo', 'data_list', 'data_check', 'data_convert', 'data_quarant
 # %% ../../nbs/91_cli.data.ipynb #36ce8553
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from .base import Json, bar, data_group, table
+from .base import Json, data_group, table
+from ..core.progress import Progress, bar
 
 # %% ../../nbs/91_cli.data.ipynb #935987a1
 @data_group.command("demo", epilog="Example: defect-detect data demo data/demo --tiles 60")
@@ -123,16 +123,6 @@ def data_quarantine(folder:Annotated[Path, typer.Argument(help="folder of pictur
     print(f"{len(t)} pictures in quarantine")
 
 # %% ../../nbs/91_cli.data.ipynb #8a637860
-def _progress():
-    "Say how much has come, where somebody looks, four times a second."
-    last = [0.]
-    def say(done, total):
-        if not sys.stderr.isatty() or (time.monotonic()-last[0]<.25 and done!=total): return
-        last[0] = time.monotonic()
-        print(f"\r{done/1e6:.1f}"+(f" of {total/1e6:.1f}" if total else "")+" MB ", end="\n" if done==total else "", file=sys.stderr, flush=True)
-    return say
-
-
 def _hex(n):
     def check(v):
         if v is not None and (len(v)!=n or set(v.lower())-set("0123456789abcdef")): raise typer.BadParameter(f"{v[:80]!r} is not {n} hex digits")
@@ -159,7 +149,7 @@ def data_fetch(source:Annotated[str, typer.Argument(help="magnetic-tiles, or the
     folder = folder or Path("data")/name
     if zip_: sha, new = unpack_checked(zip_, folder, tree, sha256), True
     else:
-        try: sha = fetch(url, folder, tree, sha256, say=_progress())
+        try: sha = fetch(url, folder, tree, sha256, say=Progress(" MB", 1e6))
         except Unreachable as e: raise Unreachable(f"{e}; without a network: download {url.partition('?')[0]} elsewhere, then call: defect-detect data fetch {source.partition('?')[0]} {folder} --zip <file>") from None
         new = sha!=""
     if not tree and not sha256: print(f"warning: nothing was given to check it by; next time --sha256 {sha} will", file=sys.stderr)

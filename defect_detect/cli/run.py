@@ -19,7 +19,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from .base import Json, bar, run_group, table
+from .base import Json, run_group, table
+from ..core.progress import bar
 
 # %% ../../nbs/92_cli.run.ipynb #f98ceb6c
 class _Notebook(TyperCommand):

@@ -7,13 +7,13 @@ __all__ = ['score_command']
 
 # %% ../../nbs/96_cli.score.ipynb #4ec4cb13
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .base import Json, app, table
+from ..core.progress import Progress
 
 # %% ../../nbs/96_cli.score.ipynb #0b84e480
 def _part(text):
@@ -37,9 +37,7 @@ def score_command(source:Annotated[str|None, typer.Argument(help="a folder, a qu
         path, n = join_parts(out)
         return print(json.dumps(dict(out=str(path), rows=n)) if json_ else f"{path}: {n} rows")
     if not source or not bundle: raise typer.BadParameter("needs the pictures and --bundle, or --join")
-    def say(done, of):
-        if sys.stderr.isatty(): print(f"\r{done} of {of}", end="\n" if done>=of else "", file=sys.stderr, flush=True)
-    path, count = score(source, bundle, out, _part(part), threads, say)
+    path, count = score(source, bundle, out, _part(part), threads, Progress())
     if json_: return print(json.dumps(dict(out=str(path), rows=sum(count.values()), **count)))
     print(f"{path}: {sum(count.values())} rows")
     table(sorted(count.items()))

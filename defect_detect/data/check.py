@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 
 from ..core.image import DecodeError, decode, decode_grey, header
+from ..core.progress import cores
 from .layouts import list_files, tidy
 from .lists import read_list
-from .read import DataError, _threads, entries_of, load_marks
+from .read import DataError, entries_of, load_marks
 
 # %% ../../nbs/13_data.check.ipynb #3dc64c3f
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def check_data(root:str|Path, # the data folder
 )->list[Finding]: # errors first
     "Look at every picture and mask once and list what is wrong."
     root, found, seen = Path(root), [], []
-    with ThreadPoolExecutor(_threads()) as ex:
+    with ThreadPoolExecutor(cores()) as ex:
         jobs = [(r, ex.submit(_look, root, r)) for r in table.itertuples()]
         try:
             for r, job in bar(jobs):

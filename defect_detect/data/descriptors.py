@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'CUT', 'RIM', 'LENGTH', 'VERSION', 'descriptor', 'Store', 'Entry', 'pack_entry', 'unpack_entry', 'entry_of',
-           'threads', 'in_threads', 'candidates']
+           'in_threads', 'candidates']
 
 # %% ../../nbs/1g_data.descriptors.ipynb #184ae34c
 import hashlib
@@ -22,6 +22,7 @@ import numpy as np
 import PIL
 from numpy.fft import rfft2
 
+from ..core.progress import cores
 from . import register
 from .read import load_image
 from .register import Textures, box_mean, textures
@@ -109,13 +110,10 @@ def entry_of(store:Store, root:str|Path, # the data folder
     return e
 
 # %% ../../nbs/1g_data.descriptors.ipynb #e6c5049b
-def threads()->int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_threads(f:Callable, items:Iterable, n:int|None=None, # threads; None: as many as there are cores
 )->Iterator: # of f(item), in order
     "Call `f` on each item, a few ahead of who consumes them."
-    n = n or threads()
+    n = n or cores()
     with ThreadPoolExecutor(n) as ex:
         ahead, items = [], iter(items)
         try:

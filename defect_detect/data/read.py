@@ -23,6 +23,7 @@ import pandas as pd
 
 from ..core.formats import ENDINGS
 from ..core.image import DecodeError, decode, decode_grey, decode_levels
+from ..core.progress import cores
 from .archive import keep_unpacked, unpack
 from .coco import class_map, coco_entries, coco_files, picture_of, read_coco
 from .layouts import DataError, Entry, folder_entries, is_junk, kind_name, list_files, magnetic_entries, mvtec_entries, read_rows, table_entries, tables, tidy
@@ -70,9 +71,6 @@ def open_data(path:str|Path, # a folder, or a zip
         with tempfile.TemporaryDirectory() as tmp: yield _top(unpack(path, Path(tmp)/(path.stem or "data"), durable=False))
 
 # %% ../../nbs/10_data.read.ipynb #399df94a
-def _threads(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _is_map(root, mask): return bool(mask) and (mask.endswith(".json") or (Path(root)/"classes.csv").is_file())
 
 
@@ -218,7 +216,7 @@ def read_data(root:str|Path, # a folder of pictures in a known layout, or a zip 
     if not entries: raise DataError(f"no picture in {root}; known endings: {', '.join(ENDINGS)}")
     left = _decided(root, entries)
     if not left: raise DataError(f"all {len(entries)} pictures of {root} are in quarantine.csv; take some back")
-    with ThreadPoolExecutor(_threads()) as ex: rows = list(ex.map(lambda eo: _row(root, _corrected(root, *eo, files)), left))
+    with ThreadPoolExecutor(cores()) as ex: rows = list(ex.map(lambda eo: _row(root, _corrected(root, *eo, files)), left))
     return _typed(pd.DataFrame(rows)).sort_values("image", ignore_index=True)
 
 

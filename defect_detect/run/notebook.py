@@ -25,6 +25,7 @@ import nbformat
 from filelock import FileLock, Timeout
 
 from ..core.files import write_whole
+from ..core.progress import span
 from .receipt import now, peak_memory, write_record
 from .schema import ParameterError, read_schema
 
@@ -114,10 +115,7 @@ def time_left(line:str, # printed by a cell
     m = re.match(r"[A-Za-z]+ (\d+)(?:/| of )(\d+)\b", line)
     if not m or not 0<int(m[1])<=int(m[2]): return ""
     i, n = int(m[1]), int(m[2])
-    return f"  ({_span(took)})" if i==n else f"  ({_span(took)}, {_span(took*(n-i)/i)} left)"
-
-
-def _span(s): return f"{s:.0f} s" if s<100 else f"{s/60:.0f} min" if s<6000 else f"{s/3600:.1f} h"
+    return f"  ({span(took)})" if i==n else f"  ({span(took)}, {span(took*(n-i)/i)} left)"
 
 # %% ../../nbs/41_run.notebook.ipynb #f3d7582d
 def _execute(notebook, tmp, values, cwd, say):

@@ -29,8 +29,8 @@ from pathlib import Path
 from ..core.files import picture_files, write_whole
 from ..core.formats import ENDINGS
 from ..core.image import DecodeError, Limits, decode
-from ..core.plan import cores
 from ..core.predictor import Predictor
+from ..core.progress import cores
 from ..data.archive import keep_unpacked
 from ..data.layouts import DataError
 

@@ -7,7 +7,6 @@ __all__ = ['SAID', 'Service', 'Desk', 'finisher', 'create_app', 'add_predict', '
 
 # %% ../../nbs/6b_serve.api.ipynb #dbbe9d2e
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from .. import __version__
 from ..core.bundle import BundleError
 from ..core.image import DecodeError, decode
 from ..core.predictor import Prediction, Predictor
+from ..core.progress import cores
 from .batcher import Batcher, Job
 from .body import DECLARED, Held, files_of, kind_of, picture_of, read_body
 from .envelope import LOG, Envelope, refuse
@@ -41,8 +41,7 @@ class Service:
     def __init__(self, settings:Settings, metrics:Metrics|None=None):
         s = self.settings = settings
         self.metrics, self.guard, self.held = metrics or Metrics(), Guard(s.token, s.metrics_token), Held(s.max_body_mb*2**20)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        decoders = s.decoders if s.decoders is not None else int(cores>s.workers)
+        decoders = s.decoders if s.decoders is not None else int(cores()>s.workers)
         self.batcher, self.settled = Batcher(s.max_waiting, decoders, s.batch_wait_ms/1000, self.metrics.count), asyncio.Event()
         self.predictor: Predictor | None = None # set after the warm-up
         self.error = self.note = "" # why there will be none; why a bundle that appeared is not served
