@@ -39,6 +39,7 @@ def make_deterministic(seed:int=0, # of python, numpy and torch
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.utils.deterministic.fill_uninitialized_memory = False
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
