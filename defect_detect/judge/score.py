@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.metrics import auroc, average_precision, confusion, dice, iou, overkill_at, rates, region_counts
+from ..core.metrics import auroc, average_precision, confusion, dice, iou, overkill_at, region_counts
 from ..core.predictor import Predictor
 from ..data.read import DataError, load_image, load_mask
 from ..data.split import LEAKY, carry_mark, is_leaky
+from .operating import most
 
 # %% ../../nbs/30_judge.score.ipynb #1b3393fd
 def score_pictures(pred:Predictor, # the bundle
@@ -85,24 +86,25 @@ def summarise(rows:pd.DataFrame, # from `score_pictures`
               n:int=500, # bootstrap draws
 )->dict: # JSON, numbers rounded to 4 digits, nan as None
     "All numbers of one evaluation."
-    bad = rows[rows.bad]
+    bad, good = rows[rows.bad], rows[~rows.bad]
     cm = sum(rows.confusion)
     binary = np.array([[0, rows.fp.sum()], [rows.fn.sum(), rows.tp.sum()]])
     num = lambda v: None if v is None or np.isnan(v) else round(float(v), 4)
     both = lambda f, t=rows: dict(value=num(f(t)), low=num((i := interval(t, f, n))[0]), high=num(i[1]))
     of = lambda f: lambda t: f(t.score.to_numpy(), t.bad.to_numpy()) if t.bad.any() else float("nan")
+    passed, rejected = lambda t: (t.verdict[t.bad]=="ok").mean(), lambda t: (t.verdict[~t.bad]=="defect").mean()
     recall = lambda t: t.found.sum()/t.true.sum() if t.true.sum() else float("nan")
     out = dict(pictures=len(rows), parts=int(rows.group.nunique()), good_pictures=int((~rows.bad).sum()), defective_pictures=len(bad),
                defective_parts=int(bad.group.nunique()), threshold=num(threshold), leaky_split=is_leaky(rows),
                iou=both(pooled_iou, bad), iou_with_good=num(iou(binary)[1]), dice=num(dice(np.array([[0, bad.fp.sum()], [bad.fn.sum(), bad.tp.sum()]]))[1]),
                region_recall=both(recall, bad), regions_right=num(rows.right.sum()/rows.predicted.sum() if rows.predicted.sum() else None),
                auroc=both(of(auroc)), average_precision=both(of(average_precision)), overkill_at_5pct_escape=both(of(overkill_at)),
-               escape=both(lambda t: rates(t.score, t.bad, threshold)[0]), overkill=both(lambda t: rates(t.score, t.bad, threshold)[1]))
+               escape=both(passed)|dict(most=num(most(bad.verdict=="ok", bad.group))), overkill=both(rejected)|dict(most=num(most(good.verdict=="defect", good.group))), review=both(lambda t: (t.verdict=="review").mean()))
     kinds, class_iou = {}, dict(zip(classes, iou(cm)))
     for k in classes[1:]:
         t = rows[rows.label==k]
         if len(t): kinds[k] = dict(pictures=len(t), parts=int(t.group.nunique()), iou=both(pooled_iou, t), class_iou=num(class_iou[k]),
-                                   region_recall=both(recall, t), regions=int(t.true.sum()), escape=num((t.score<threshold).mean()))
-    slices = {str(int(e)): dict(pictures=len(t), iou=num(pooled_iou(t[t.bad])), auroc=num(auroc(t.score, t.bad)), escape=num(rates(t.score, t.bad, threshold)[0]),
-                                overkill=num(rates(t.score, t.bad, threshold)[1])) for e, t in rows.groupby("exposure")}
+                                   region_recall=both(recall, t), regions=int(t.true.sum()), escape=num(passed(t)))
+    slices = {str(int(e)): dict(pictures=len(t), iou=num(pooled_iou(t[t.bad])), auroc=num(auroc(t.score, t.bad)), escape=num(passed(t)),
+                                overkill=num(rejected(t))) for e, t in rows.groupby("exposure")}
     return dict(out, by_kind=kinds, by_exposure=slices)

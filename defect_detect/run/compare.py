@@ -55,17 +55,16 @@ def list_runs(root:str|Path=".", # the project
 @dataclass
 class Tested:
     "What an evaluation left."
-    rows: pd.DataFrame|None # None when its predictions are not here; as `judge.score.score_pictures` made them, with `sha256` and `over`: is the score at or above the threshold?
+    rows: pd.DataFrame|None # None when its predictions are not here; as `judge.score.score_pictures` made them, with `sha256`
     metrics: Mapping[str, Any]
     receipt: Mapping[str, Any]
     name: str = ""
 
 
-def _rows(predictions, table, export):
-    "Predictions with the hash of each picture, and whether it is at or above the threshold."
+def _rows(predictions, table):
+    "Predictions with the hash of each picture."
     rows = pd.read_csv(predictions, dtype={"image": str, "group": str, "label": str, "verdict": str})
     rows["sha256"] = rows.image.map(pd.read_csv(table, dtype=str).set_index("image").sha256)
-    rows["over"] = rows.score>=json.loads(export.read_text())["operating_point"]["score_threshold"]
     return rows
 
 
@@ -75,7 +74,7 @@ def read_tested(run:str|Path, # folder of a run
     run = Path(run)
     receipt = read_receipt(run)
     if not receipt: raise ParameterError(f"{run.name} did not end: it has no receipt of its dvc.lock; run the pipeline again")
-    rows = _rows(run/"evaluate/predictions.csv", run/"prepare/table.csv", run/"export/export.json")
+    rows = _rows(run/"evaluate/predictions.csv", run/"prepare/table.csv")
     return Tested(rows, json.loads((run/"evaluate/metrics.json").read_text()), receipt, run.name)
 
 
@@ -123,7 +122,7 @@ def find_tested(word:str, # a run, a record, COMMIT:NAME, or a commit or tag tha
     "Read the results of a run, or of a record that may be older than every run here."
     if (Path(root)/"runs"/word/"dvc.yaml").is_file() or not (found := _recorded(word, root)): return read_tested(find_run(word, root))
     files, receipt = found
-    lock, want = yaml.safe_load(files["dvc.lock"]), {"evaluate": "predictions.csv", "prepare": "table.csv", "export": "export.json"}
+    lock, want = yaml.safe_load(files["dvc.lock"]), {"evaluate": "predictions.csv", "prepare": "table.csv"}
     with suppress(DataError):
         if any(cached_files(lock, o, root) is None for o in want): fetch(files["dvc.lock"], root)
     paths = [(cached_files(lock, o, root) or {}).get(f) for o, f in want.items()]
@@ -147,7 +146,7 @@ def _mean(x): return float(x.mean()) if len(x) else float("nan")
 def _of(f): return lambda t: f(t.score.to_numpy(), t.bad.to_numpy()) if t.bad.any() and not t.bad.all() else float("nan")
 
 
-STATS = dict(auroc=_of(auroc), average_precision=_of(average_precision), overkill_at_5pct_escape=_of(overkill_at), escape=lambda t: _mean(~t.over[t.bad]), overkill=lambda t: _mean(t.over[~t.bad]),
+STATS = dict(auroc=_of(auroc), average_precision=_of(average_precision), overkill_at_5pct_escape=_of(overkill_at), escape=lambda t: _mean(t.verdict[t.bad]=="ok"), overkill=lambda t: _mean(t.verdict[~t.bad]=="defect"),
              iou=lambda t: pooled_iou(t[t.bad]), region_recall=lambda t: float(t.found[t.bad].sum()/t.true[t.bad].sum()) if t.true[t.bad].sum() else float("nan")) # of rows of `Tested`
 
 
