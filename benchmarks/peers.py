@@ -1,4 +1,5 @@
 "Other servers, each with decode and batching of its own: `python benchmarks/peers.py fastai|litserve|bentoml model.onnx port`. Started by serve.py."
+import base64
 import io
 import os
 import sys
@@ -53,20 +54,26 @@ def fastai(_, port):
         uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
+try: from litserve import LitAPI
+except ImportError: LitAPI = object # in the Python of another peer
+
+
+class Api(LitAPI): # its workers import this module and look for it here
+    def __init__(self, model, **kw):
+        super().__init__(**kw)
+        self.model = model
+
+    def setup(self, device): self.session, self.input, self.size = session(self.model)
+    def decode_request(self, request): return prepared(base64.b64decode(request["image"]), *self.size)
+    def batch(self, inputs): return np.stack(inputs)
+    def predict(self, x): return self.session.run(None, {self.input: x})[0]
+    def unbatch(self, output): return list(output)
+    def encode_response(self, output): return answer(output)
+
+
 def litserve(model, port):
     import litserve as ls
-    from fastapi import Request
-
-    class Api(ls.LitAPI):
-        def setup(self, device): self.session, self.input, self.size = session(model)
-        async def decode_request_(self, request): return await request.body()
-        def decode_request(self, request:Request): return prepared(request if isinstance(request, bytes) else request["body"], *self.size)
-        def batch(self, inputs): return np.stack(inputs)
-        def predict(self, x): return self.session.run(None, {self.input: x})[0]
-        def unbatch(self, output): return list(output)
-        def encode_response(self, output): return answer(output)
-
-    server = ls.LitServer(Api(max_batch_size=4, batch_timeout=.002), accelerator="cpu", workers_per_device=1, timeout=30)
+    server = ls.LitServer(Api(model, max_batch_size=4, batch_timeout=.002), accelerator="cpu", workers_per_device=1, timeout=30)
     server.run(host="127.0.0.1", port=port, log_level="warning", generate_client_file=False, num_api_servers=1)
 
 

@@ -6,6 +6,7 @@ own with their package, onnxruntime and Pillow: `--litserve <python> --bentoml <
 """
 import argparse
 import asyncio
+import base64
 import json
 import os
 import signal
@@ -269,9 +270,10 @@ def peers(o, files, port, bare):
     if o.bentoml: todo.append(("BentoML, the same ONNX", o.bentoml, "bentoml", "/predict"))
     for name, python, kind, path in todo:
         other = free_port()
-        form = kind == "bentoml"
-        body = [b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'+d+b"\r\n--x--\r\n" for d in files] if form else files
-        ct = "multipart/form-data; boundary=x" if form else "image/jpeg"
+        form = lambda d: b'--x\r\nContent-Disposition: form-data; name="images"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'+d+b"\r\n--x--\r\n"
+        ways = dict(bentoml=(form, "multipart/form-data; boundary=x"), litserve=(lambda d: json.dumps(dict(image=base64.b64encode(d).decode())).encode(), "application/json")) # the way each one's users send a picture
+        write, ct = ways.get(kind, (bytes, "image/jpeg"))
+        body = [write(d) for d in files]
         p = Running([python, PEERS.resolve(), kind, Path(o.bundle).resolve()/"model.onnx", other], other, path, body[0], ct)
         pairs = [(saturation(port, files, o.seconds/2)[0], saturation(other, body, o.seconds/2, path, ct)[0]) for _ in range(o.rounds)]
         ratio = float(np.median([a/b for a, b in pairs]))

@@ -64,6 +64,7 @@ def take(learn, # a fastai Learner at the end of an epoch
     import numpy as np
     import torch
     opt, smooth, tensors = learn.opt.state_dict(), learn.recorder.smooth_loss, {f"net.{k}": v for k, v in learn.model.state_dict().items()}
+    if hasattr(learn, "average"): tensors |= {f"avg.{k}": v for k, v in learn.average.kept.items()}
     scalars = []
     for i, s in enumerate(opt["state"]):
         tensors |= {f"opt.{i}.{k}": v for k, v in s.items() if isinstance(v, torch.Tensor)}
@@ -90,6 +91,7 @@ def put_back(learn, # a fastai Learner whose `fit` has begun
     from safetensors.torch import load
     t = load(blob)
     learn.model.load_state_dict({k[4:]: v for k, v in t.items() if k.startswith("net.")})
+    if hasattr(learn, "average"): learn.average.kept = {k: t[f"avg.{k}"].to(v.device) for k, v in learn.model.state_dict().items()}
     for i, (p, *_) in enumerate(learn.opt.all_params()):
         mine = {k.split(".", 2)[2]: v for k, v in t.items() if k.startswith(f"opt.{i}.")}
         learn.opt.state[p] = {**state["optimizer"][i], **{k: torch.empty_like(p).copy_(v) if v.shape==p.shape else v.to(p.device) for k, v in mine.items()}}

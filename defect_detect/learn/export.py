@@ -27,7 +27,10 @@ class _Probabilities(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, image): return self.net(image).softmax(1)
+    def forward(self, image): # as softmax(1), in operations that an engine does along the channels without turning them inside out: a quarter of the whole time
+        y = self.net(image)
+        y = (y-y.amax(1, keepdim=True)).exp()
+        return y/y.sum(1, keepdim=True)
 
 
 def _shipped(m)->bytes:

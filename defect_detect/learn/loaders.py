@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 
@@ -21,24 +22,46 @@ from ..data.read import load_image, load_mask
 from ..data.split import refuse_leaks
 
 # %% ../../nbs/20_learn.loaders.ipynb #cc4f120a
-def augment(img:np.ndarray, # (h,w,3) uint8
+_PAD = 127 # `core.image.letterbox` pads with the mean
+
+
+def _window(mask, rng, crop):
+    "Size and centre of what is cut out: y, x."
+    size = np.array([min(crop, s) if crop else s for s in mask.shape])
+    marked = np.argwhere(mask)
+    if crop and len(marked) and rng.random()<.7: centre = marked[rng.integers(len(marked))]+rng.uniform(-.3, .3, 2)*size
+    else: centre = rng.uniform(0, 1, 2)*mask.shape
+    return size, np.clip(centre, size/2, mask.shape-size/2)
+
+
+def _relight(img, rng, light, shade):
+    "Another exposure, and light that falls off to one side."
+    gamma, gain, off = *np.exp(rng.uniform(-light, light, 2)), rng.uniform(-light, light)/4
+    v = ((np.arange(256)/255)**gamma*gain+off).astype(np.float32)[img]
+    h, w = img.shape[:2]
+    y, x = rng.uniform(-shade, shade, 2)
+    v *= (1+y*np.linspace(-1, 1, h)[:, None]+x*np.linspace(-1, 1, w)).astype(np.float32)[..., None]
+    return np.where((img==_PAD).all(-1, keepdims=True), img, np.round(v.clip(0, 1)*255).astype(np.uint8))
+
+
+def augment(img:np.ndarray, # (h,w,3) uint8 at the network's scale
             mask:np.ndarray, # (h,w) uint8 class of each pixel
             rng:np.random.Generator,
-            crop:float=0.25, # largest share cut off each axis, in [0,1)
-            light:float=0.25, # largest relative change of gain and gamma
+            crop:int=0, # px cut out on each side, at most the picture's; 0: all of it
+            scale:float=0.25, # largest change of size, as a logarithm
+            turn:float=8., # largest turn beside quarter turns, degrees
+            light:float=0.3, # largest change of gain and gamma, as a logarithm
+            shade:float=0.3, # largest change of light from the middle to an edge
 )->tuple[np.ndarray, np.ndarray]: # changed picture and mask, of equal size
-    "Flip, transpose, crop and relight a picture with its mask."
-    h, w = mask.shape
-    ch, cw = (int(round(v*(1-rng.uniform(0, crop)))) for v in (h, w))
-    y, x = rng.integers(0, h-ch+1), rng.integers(0, w-cw+1)
-    if mask.any() and not mask[y:y+ch, x:x+cw].any(): y, x, ch, cw = 0, 0, h, w # never crop the defect away
-    img, mask = img[y:y+ch, x:x+cw], mask[y:y+ch, x:x+cw]
-    if rng.random()<.5: img, mask = img[::-1], mask[::-1]
-    if rng.random()<.5: img, mask = img[:, ::-1], mask[:, ::-1]
-    if rng.random()<.5: img, mask = img.swapaxes(0, 1), mask.T
-    gain, gamma, off = *rng.uniform(1-light, 1+light, 2), rng.uniform(-light, light)*64
-    table = (((np.arange(256)/255)**gamma*255*gain)+off).clip(0, 255).astype(np.uint8)
-    return np.ascontiguousarray(table[img]), np.ascontiguousarray(mask)
+    "Turn, mirror, scale, cut and relight a picture with its mask."
+    (h, w), (cy, cx) = _window(mask, rng, crop)
+    s, aspect, a, mirror = np.exp(rng.uniform(-scale, scale)), np.exp(rng.uniform(-.1, .1)), np.deg2rad(rng.uniform(-turn, turn)+90*rng.integers(4)), rng.choice([-1, 1])
+    m = np.array([[np.cos(a)*s*aspect*mirror, -np.sin(a)*s/aspect], [np.sin(a)*s*aspect*mirror, np.cos(a)*s/aspect]]) # from the new picture to the old
+    to = np.array([cx, cy])-m@(np.array([w, h])/2)
+    coefficients = (m[0, 0], m[0, 1], to[0], m[1, 0], m[1, 1], to[1])
+    new = Image.fromarray(img).transform((w, h), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR, fillcolor=(_PAD,)*3)
+    kinds = Image.fromarray(mask).transform((w, h), Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST, fillcolor=0)
+    return _relight(np.asarray(new), rng, light, shade), np.array(kinds)
 
 # %% ../../nbs/20_learn.loaders.ipynb #1a82ab52
 def draw_weights(table:pd.DataFrame, # with `label` and `group`
@@ -54,25 +77,24 @@ def draw_weights(table:pd.DataFrame, # with `label` and `group`
 
 # %% ../../nbs/20_learn.loaders.ipynb #87ace1ad
 class Pictures:
-    "Pictures and masks of a table in memory; item `i` is a normalised (3,H,W) tensor and its (H,W) mask."
+    "Pictures and masks of a table in memory, at the network's scale; item `i` is a normalised (3,H,W) tensor and its (H,W) mask."
     def __init__(self,
         root:str|Path, # the data folder
         table:pd.DataFrame, # one part of a split
         classes:Sequence[str], # background first
         spec:InputSpec,
         rng:np.random.Generator|None=None, # given: items are augmented
+        crop:int=0, # px that are cut out then; 0: all
     ):
-        self.spec, self.rng = spec, rng
-        rows = list(table.itertuples())
-        self.items = [(load_image(root, r), load_mask(root, r, classes)) for r in rows]
+        self.spec, self.rng, self.crop = spec, rng, crop
+        self.items = [(letterbox(load_image(root, r), spec), letterbox_mask(load_mask(root, r, classes), spec)) for r in table.itertuples()]
 
     def __len__(self): return len(self.items)
 
     def __getitem__(self, i):
         img, mask = self.items[i]
-        if self.rng is not None: img, mask = augment(img, mask, self.rng)
-        x = normalise(letterbox(img, self.spec)[None], self.spec)[0]
-        return torch.from_numpy(x), torch.from_numpy(letterbox_mask(mask, self.spec).astype(np.int64))
+        if self.rng is not None: img, mask = augment(img, mask, self.rng, self.crop)
+        return torch.from_numpy(normalise(img[None], self.spec)[0]), torch.from_numpy(mask.astype(np.int64))
 
 
 def pick_device(device:str="auto", # auto | cpu | cuda
@@ -101,6 +123,7 @@ def make_loaders(root:str|Path, # the data folder
                  batch:int=8, # pictures a step
                  seed:int=0, # of draws and augmentation
                  good:float=0.4, # share of good pictures in training
+                 crop:int=0, # px that are cut out in training; 0: whole pictures
                  device:str="auto", # auto | cpu | cuda
                  workers:int|None=None, # processes that augment; None: as many as there are cores, 8 at most, on CUDA, and 0 on a CPU, where training needs the cores
 )->DataLoaders: # training balanced and augmented; validation plain and in order
@@ -111,6 +134,6 @@ def make_loaders(root:str|Path, # the data folder
     device = pick_device(device)
     if workers is None: workers = min(8, os.cpu_count()) if device.type=="cuda" else 0
     how = dict(bs=batch, num_workers=workers, pin_memory=device.type=="cuda")
-    a = BalancedDL(Pictures(root, train, classes, spec, changes), draw_weights(train, good), draws, **how)
+    a = BalancedDL(Pictures(root, train, classes, spec, changes, crop), draw_weights(train, good), draws, **how)
     b = DataLoader(Pictures(root, valid, classes, spec), shuffle=False, **how)
     return DataLoaders(a, b, device=device)
