@@ -59,7 +59,7 @@ def make_model(n_classes:int, # background included
     "Build the segmentation network."
     import segmentation_models_pytorch as smp
     kind = dict(fpn=smp.FPN, unet=smp.Unet)[decoder]
-    small = dict(decoder_pyramid_channels=64, decoder_segmentation_channels=32, decoder_dropout=0.1) if decoder=="fpn" else {}
+    small = dict(decoder_pyramid_channels=64, decoder_segmentation_channels=64, decoder_dropout=0.1) if decoder=="fpn" else {}
     net = kind("timm-tf_efficientnet_lite0" if weights!="hub" else "tu-tf_efficientnet_lite0",
                encoder_weights="imagenet" if weights=="hub" else None, classes=n_classes, **small)
     if decoder=="fpn": net.decoder.merge = _Sum()
