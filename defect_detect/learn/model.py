@@ -63,6 +63,10 @@ def make_model(n_classes:int, # background included
     net = kind("timm-tf_efficientnet_lite0" if weights!="hub" else "tu-tf_efficientnet_lite0",
                encoder_weights="imagenet" if weights=="hub" else None, classes=n_classes, **small)
     if decoder=="fpn": net.decoder.merge = _Sum()
+    head = net.segmentation_head[0]
+    with torch.no_grad(): # at first a defect is rare everywhere; a head that is sure of anything costs the first third of a training
+        head.weight.mul_(.1)
+        head.bias.zero_()[0] = 4.
     for m in net.encoder.modules():
         if isinstance(m, nn.BatchNorm2d): m.eps = 1e-3 # as it was trained; the state of a network does not hold it
     if weights not in ("hub", "none"):
