@@ -98,5 +98,5 @@ Finds defects on pictures of parts and says whether a part is good. It assists a
 
 {_markdown(kind_rows(m), KIND_HEAD)}
 
-**What the numbers do not say.** Intervals are drawn over parts, because pictures of one part are not independent. {m['defective_parts']} defective parts are {'few' if m['defective_parts']<60 else 'not many'}: even without a single miss among them, an escape rate up to about {min(1, 3/max(1, m['defective_parts'])):.0%} could not be ruled out.{_bounds(m)} Kinds of defect that are not listed were never seen.
+**What the numbers do not say.** Intervals are drawn over parts, because pictures of one part are not independent. {m['defective_parts']} defective parts are {'few' if m['defective_parts']<60 else 'not many'}: even without a single miss among them, an escape rate up to {1-.05**(1/max(1, m['defective_parts'])):.0%} could not be ruled out.{_bounds(m)} Kinds of defect that are not listed were never seen.
 """
