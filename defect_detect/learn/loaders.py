@@ -51,7 +51,7 @@ def augment(img:np.ndarray, # (h,w,3) uint8 at the network's scale
             scale:float=0.25, # largest change of size, as a logarithm
             turn:float=8., # largest turn beside quarter turns, degrees
             light:float=0.3, # largest change of gain and gamma, as a logarithm
-            shade:float=0.3, # largest change of light from the middle to an edge
+            shade:float=0.1, # largest change of light from the middle to an edge; more would look like an uneven surface
 )->tuple[np.ndarray, np.ndarray]: # changed picture and mask, of equal size
     "Turn, mirror, scale, cut and relight a picture with its mask."
     (h, w), (cy, cx) = _window(mask, rng, crop)
