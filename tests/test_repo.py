@@ -59,7 +59,7 @@ def missing_module(p):
     (p/"dvc.yaml").write_text(yaml.safe_dump(d))
 
 
-def unknown_parameter(p): (p/"params.yaml").write_text((p/"params.yaml").read_text().replace("  epochs: 12", "  epohcs: 12"))
+def unknown_parameter(p): (p/"params.yaml").write_text((p/"params.yaml").read_text().replace("  epochs:", "  epohcs:", 1))
 
 
 def stale_form(p): edit(p/"nbs/pipeline/2_train.ipynb", lambda cells: next(c for c in cells if "parameters" in c.metadata.get("tags", [])).update(source=next(c for c in cells if "parameters" in c.metadata.get("tags", [])).source+"\nextra: int = 1 # of a new kind"))

@@ -119,12 +119,14 @@ def settle(wanted:Pair, # engine, precision
            **limits, # of `hold`
 )->tuple[Pair, OperatingPoint, tuple[Parity, ...], dict[Pair, str]]: # plan, operating point, what held, why the rest did not
     "Choose the plan that holds, and its operating point."
+    first = {} # why the plan that was asked for does not hold at an operating point of its own
     for plan in dict.fromkeys((wanted, (wanted[0], "fp32"))):
         if plan not in seen: continue
         op = choose(seen[plan])
         held = {k: hold(k, torch_seen, v, op, **limits) for k, v in seen.items()}
-        bad = {k: why for k, (_, why) in held.items() if why}
+        bad = {k: why for k, (_, why) in held.items() if why} | first
         if plan not in bad: break
+        first = {plan: bad[plan]}
     for k in dict.fromkeys((plan, ("onnxruntime", "fp32"))):
         if k in bad: raise BundleError(f"{' '.join(k)} does not answer as torch does: {bad[k]}")
     return plan, op, tuple(p for k, (p, _) in held.items() if k not in bad), bad
