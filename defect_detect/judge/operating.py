@@ -82,6 +82,7 @@ def _keeps_overkill(s, y, overkill):
     good = np.sort(s[~y])[::-1]
     k = int(np.floor(overkill*len(good)+1e-9))
     if k>=len(good): return 0.
+    if good[k]>=1: raise DataError(f"{k+1} good pictures have a score of 1, the highest there is: no threshold keeps an overkill of {100*overkill:.3g}%")
     above = s[s>good[k]]
     return (good[k]+(above.min() if len(above) else 1))/2
 
@@ -95,9 +96,10 @@ def thresholds(rows:pd.DataFrame, # bad, score
     s, y = rows.score.to_numpy(float), rows.bad.to_numpy(bool)
     low = _keeps_escape(s, y, escape) if escape<1 else None
     high = _keeps_overkill(s, y, overkill) if overkill<1 else None
-    if low is None or high is None: return round(float(high if low is None else low), 6), None
-    if high>low: return round(float(high), 6), round(float(low), 6)
-    return round(float(low+high)/2, 6), None # every threshold between them keeps both
+    digits = lambda t: round(float(t), 7) # scores have six: the middle of two that are neighbours has one more
+    if low is None or high is None: return digits(high if low is None else low), None
+    if high>low: return digits(high), digits(low)
+    return digits((low+high)/2), None # every threshold between them keeps both
 
 
 def _share(n, of): return f"{n/of:.1%} of {of}"

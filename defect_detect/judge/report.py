@@ -73,9 +73,8 @@ def _markdown(rows, head): return "\n".join("| "+" | ".join(r)+" |" for r in (he
 
 def _bounds(m):
     "Upper bounds on new parts, and what a person would see."
-    if "most" not in m["escape"]: return ""
     seen = f" {number(m['review'])} of the pictures would be for a person to review." if (m["review"]["value"] or 0)>0 else ""
-    return f" With 95 % confidence at most {m['escape']['most']:.0%} of the pictures of new defective parts pass and at most {m['overkill']['most']:.0%} of those of new good parts are rejected, each part counted once.{seen}"
+    return f"With 95 % confidence at most {m['escape']['most']:.0%} of the pictures of new defective parts pass and at most {m['overkill']['most']:.0%} of those of new good parts are rejected, each part counted once.{seen}"
 
 
 def card(tag:str, # name@version of the bundle
@@ -98,5 +97,5 @@ Finds defects on pictures of parts and says whether a part is good. It assists a
 
 {_markdown(kind_rows(m), KIND_HEAD)}
 
-**What the numbers do not say.** Intervals are drawn over parts, because pictures of one part are not independent. {m['defective_parts']} defective parts are {'few' if m['defective_parts']<60 else 'not many'}: even without a single miss among them, an escape rate up to {1-.05**(1/max(1, m['defective_parts'])):.0%} could not be ruled out.{_bounds(m)} Kinds of defect that are not listed were never seen.
+**What the numbers do not say.** Intervals are drawn over parts, because pictures of one part are not independent. {m['defective_parts']} defective parts are {'few' if m['defective_parts']<60 else 'not many'}. {_bounds(m)} Kinds of defect that are not listed were never seen.
 """
