@@ -17,6 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from projects import copy_project
 from defect_detect.core.bundle import example_bundle
 from defect_detect.data.demo import write_synth
 
@@ -54,10 +55,7 @@ def data(pictures, tmp_path): return Path(shutil.copytree(pictures, tmp_path/"da
 @pytest.fixture
 def project(tmp_path):
     "What a run needs of the project, in a folder of its own."
-    to = tmp_path/"project"
-    for d in ("nbs/pipeline", "defect_detect"): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns("__pycache__"))
-    for f in ("dvc.yaml", "params.yaml", "lock.txt"): shutil.copy(ROOT/f, to)
-    return to
+    return copy_project(tmp_path/"project")
 
 
 # --- data
@@ -165,9 +163,7 @@ def gone_soon(processes, seconds=15):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, pictures):
     "The receipt of a run that nobody stops."
-    to = tmp_path_factory.mktemp("undisturbed")/"project"
-    for d in ("nbs/pipeline", "defect_detect"): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns("__pycache__"))
-    for f in ("dvc.yaml", "params.yaml", "lock.txt"): shutil.copy(ROOT/f, to)
+    to = copy_project(tmp_path_factory.mktemp("undisturbed")/"project")
     rc, out, err = call("run", "pipeline", "x", "--data", pictures, *QUICK, cwd=to)
     assert rc==0, out+err
     assert (to/"runs/x/index.html").exists()

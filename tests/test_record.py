@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from projects import copy_project
 from defect_detect.core.bundle import sha256
 from defect_detect.data.demo import write_synth
 from defect_detect.run.receipt import read_receipt, read_record
@@ -42,9 +43,7 @@ def git(cwd, *words): subprocess.run(["git", "-c", "user.name=a", "-c", "user.em
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     "What a run needs of the project, in a repository with secrets all around."
-    to = tmp_path_factory.mktemp("record")/"project"
-    for d in ("nbs/pipeline", "defect_detect"): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns("__pycache__"))
-    for f in ("dvc.yaml", "params.yaml", "lock.txt", ".gitignore"): shutil.copy(ROOT/f, to)
+    to = copy_project(tmp_path_factory.mktemp("record")/"project")
     git(to, "init", "-q")
     git(to, "add", ".")
     git(to, "commit", "-qm", f"first {WORDS['commit message']}")

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import yaml
 
+from projects import copy_project
 from defect_detect.core.bundle import sha256
 from defect_detect.data.demo import write_synth
 from defect_detect.run.record import read_recorded
@@ -38,9 +39,7 @@ def worktrees(project): return [p for p in (project/"runs/.replay").iterdir() if
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     "A model on record at tag v1; its library writes a word into the card that no other library writes."
-    to = tmp_path_factory.mktemp("replay")/"project"
-    for d in ("nbs/pipeline", "defect_detect"): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns("__pycache__"))
-    for f in ("dvc.yaml", "params.yaml", "lock.txt", ".gitignore"): shutil.copy(ROOT/f, to)
+    to = copy_project(tmp_path_factory.mktemp("replay")/"project")
     report = to/"defect_detect/judge/report.py"
     assert report.read_text().count("It assists a person")==1
     report.write_text(report.read_text().replace("It assists a person", "It assists a person of then"))

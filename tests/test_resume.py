@@ -11,6 +11,7 @@ import nbformat
 import psutil
 import pytest
 
+from projects import copy_project
 from defect_detect.core.bundle import sha256
 from defect_detect.data.demo import write_synth
 from defect_detect.learn.checkpoint import checkpoint_path, epochs_done
@@ -125,9 +126,7 @@ with open(os.environ["GUARD_LOG"]+".pids", "a") as f: f.write(f"{os.getpid()}\\n
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     "What a run needs of the project, in git, with a home of its own and a guard in every process."
-    to = tmp_path_factory.mktemp("resume")/"project"
-    for d in ("nbs/pipeline", "defect_detect"): shutil.copytree(ROOT/d, to/d, ignore=shutil.ignore_patterns("__pycache__"))
-    for f in ("dvc.yaml", "params.yaml", "lock.txt", ".gitignore"): shutil.copy(ROOT/f, to)
+    to = copy_project(tmp_path_factory.mktemp("resume")/"project")
     for w in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-qm", "first"]): subprocess.run(["git", *w], cwd=to, check=True)
     for d in ("guard", "home"): (to.parent/d).mkdir()
     (to.parent/"guard/sitecustomize.py").write_text(HOOK)

@@ -19,13 +19,10 @@ from .base import Json, app, table
 from ..core.files import write_whole
 
 # %% ../../nbs/97_cli.sweep.ipynb #5y51cfe3
-def _shown(v): return f"{v:.4g}" if isinstance(v, float) else str(v)
-
-
 def _report(s, command):
-    rows = sorted(s.trials, key=lambda t: (t["state"]!="complete", -s.better*(t["value"] or 0), t["trial"]))
-    names = sorted({k for t in rows for k in t["params"]})
-    table([(t["run"], f"{t['value']:.4f}" if t["state"]=="complete" else {"pruned": f"stopped after epoch {t['epochs']}", "fail": "failed: "+t["why"][:60]}.get(t["state"], "under way"), *(_shown(t["params"].get(k, "")) for k in names)) for t in rows[:20]], ("run", s.metric, *names))
+    from defect_detect.judge.sweep import trial_rows
+    rows, head = trial_rows(s.trials, s.metric, s.better)
+    table(rows[:20], head)
     if len(rows)>20: print(f"and {len(rows)-20} more, in runs/{s.name}/sweep.html")
     if s.importance: print("importance: "+", ".join(f"{k} {v:.2f}" for k, v in sorted(s.importance.items(), key=lambda kv: -kv[1])))
     print(f"pictures: runs/{s.name}/sweep.html")
