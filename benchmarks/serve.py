@@ -220,30 +220,36 @@ def main():
         bare = Bare(o.bundle, tmp)
         port, server = ours(o.bundle, files)
         print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; {len(files)} pictures of {int(np.mean([len(d) for d in files]))/1000:.0f} kB")
-        print(f"cold start to the first answer {server.seconds:.2f} s, at most 2: {verdict(server.seconds<=2)}; {server.mb():.0f} MB resident, at most 300: {verdict(server.mb()<=300)}")
-        client, ratios, times, rates, work = Client(port, "/v1/predict", files), [], [], [], []
-        asyncio.run(one_loop(client, 1))
-        bare.run(1)
-        for _ in range(o.rounds):
-            a, b = cpu(bare.p.pid), cpu(server.p.pid)
-            t = bare.run(o.seconds/2)
-            rate, n = saturation(port, files, o.seconds/2)
-            rates.append(rate)
-            times += t
-            ratios.append(rate*np.mean(t))
-            work.append((cpu(bare.p.pid)-a)/len(t)/((cpu(server.p.pid)-b)/n))
-        s, mean = float(np.median(rates)), float(np.mean(times))
-        r = float(np.median(ratios))
-        print(f"saturation {s:.1f} a second, the bare loop {1/mean:.1f}; ratio {r:.2f} (each round: {', '.join(f'{v:.2f}' for v in ratios)}), at least 0.90: {verdict(r>=.9)}")
-        print(f"by processor time, which others on the machine do not change: ratio {np.median(work):.2f}")
-        client = Client(port, "/v1/predict", files)
-        steady(client, times, s, mean, o.seconds)
-        client = Client(port, "/v1/predict", files)
-        overload(client, s, o.seconds)
-        print(f"{server.mb():.0f} MB resident afterwards")
-        peers(o, files, port, bare)
-        server.stop()
-        bare.p.kill()
+        try: _figures(o, files, bare, port, server)
+        finally: # a peer that does not start must not leave ours behind
+            server.stop()
+            bare.p.kill()
+
+
+def _figures(o, files, bare, port, server):
+    "Ours beside the bare loop, then the peers beside ours."
+    print(f"cold start to the first answer {server.seconds:.2f} s, at most 2: {verdict(server.seconds<=2)}; {server.mb():.0f} MB resident, at most 300: {verdict(server.mb()<=300)}")
+    client, ratios, times, rates, work = Client(port, "/v1/predict", files), [], [], [], []
+    asyncio.run(one_loop(client, 1))
+    bare.run(1)
+    for _ in range(o.rounds):
+        a, b = cpu(bare.p.pid), cpu(server.p.pid)
+        t = bare.run(o.seconds/2)
+        rate, n = saturation(port, files, o.seconds/2)
+        rates.append(rate)
+        times += t
+        ratios.append(rate*np.mean(t))
+        work.append((cpu(bare.p.pid)-a)/len(t)/((cpu(server.p.pid)-b)/n))
+    s, mean = float(np.median(rates)), float(np.mean(times))
+    r = float(np.median(ratios))
+    print(f"saturation {s:.1f} a second, the bare loop {1/mean:.1f}; ratio {r:.2f} (each round: {', '.join(f'{v:.2f}' for v in ratios)}), at least 0.90: {verdict(r>=.9)}")
+    print(f"by processor time, which others on the machine do not change: ratio {np.median(work):.2f}")
+    client = Client(port, "/v1/predict", files)
+    steady(client, times, s, mean, o.seconds)
+    client = Client(port, "/v1/predict", files)
+    overload(client, s, o.seconds)
+    print(f"{server.mb():.0f} MB resident afterwards")
+    peers(o, files, port, bare)
 
 
 async def one_loop(client, seconds):
