@@ -14,7 +14,7 @@ export DVC_NO_ANALYTICS = 1
 export ORT_DISABLE_TELEMETRY = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := help
-.PHONY: help run install test test-nightly prepare hooks serve lab lock clean
+.PHONY: help run folds install test test-nightly prepare hooks serve lab lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -33,6 +33,9 @@ install: .venv/.stamp-$(LOCK) ## build .venv from the lock
 
 run: install ## demo or DATA=<folder>: prepare, train, export, evaluate, ask the service
 	@$(BIN)/defect-detect run pipeline $(NAME) $(if $(DATA),--data "$(DATA)") --ask $(ARGS)
+
+folds: install ## train once for each of five folds of parts, going on where it stopped; the files go to models/NAME-folds
+	@$(BIN)/defect-detect run folds $(NAME) $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: install ## every test, with counts
 	@$(BIN)/python tools/test.py $(ARGS)

@@ -133,12 +133,13 @@ def choose(rows:pd.DataFrame, # from `look`
            score_pixels:int=20,
            min_area:int=1, # px of the network's input
            overkill:float=1., # highest overkill rate, in [0,1]; 1: not asked
+           where:str="on the validation part", # where `rows` are from, in words
 )->OperatingPoint:
     "Choose the operating point for a target."
     if rows.bad.all() or not rows.bad.any(): raise DataError("the validation part needs good and defective pictures to choose an operating point")
     t, review = thresholds(rows, escape, overkill)
     op = OperatingPoint(score_pixels=score_pixels, score_threshold=t, review_from=review, pixel_threshold=best_pixel_threshold(hist), min_area=min_area)
-    return op.model_copy(update=dict(chosen_for=in_words(rows, op, escape, overkill)))
+    return op.model_copy(update=dict(chosen_for=in_words(rows, op, escape, overkill, where)))
 
 # %% ../../nbs/31_judge.operating.ipynb #b0951028
 def reference(rows:pd.DataFrame, # from `look`

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from ..core.bundle import BundleError, read_bundle, sha256, write_bundle
+from ..judge.folds import unpack_scores
 from ..judge.operating import choose
 from ..learn.parity import settle, unpack
 
@@ -26,7 +27,8 @@ def tune(bundle:str|Path, # folder of a bundle
     if "validation" not in kept: raise BundleError(f"{bundle} keeps no scores of its validation pictures; export it anew, or choose the target there: -p export.escape=...")
     seen, torch_seen = unpack(kept["validation"], bool(kept.get("leaky_split")))
     was, op = (c.engine, c.precision), c.operating_point
-    plan, op, held, bad = settle(was, seen, torch_seen, lambda s: choose(s.rows, s.hist, escape, op.score_pixels, op.min_area, overkill), **kept["limits"])
+    scores, where = unpack_scores(kept["out_of_fold"]) if "out_of_fold" in kept else (None, "on the validation part")
+    plan, op, held, bad = settle(was, seen, torch_seen, lambda s: choose(s.rows if scores is None else scores, s.hist, escape, op.score_pixels, op.min_area, overkill, where), **kept["limits"])
     said = [f"{' '.join(k)} is no longer in the bundle: {why}" for k, why in bad.items() if c.knows(*k)]
     if plan!=was: said.append(f"it ran {' '.join(was)}; this one runs {' '.join(plan)}")
     held = tuple(p for p in held if c.knows(p.engine, p.precision)) # what did not hold before does not come in by another threshold

@@ -157,6 +157,7 @@ def _copy(run, to):
     (to/".dvc/config").write_text(_CONFIG)
     (to/".dvcignore").write_text("")
     for f in ("dvc.yaml", "params.yaml"): shutil.copyfile(run/f, to/f)
+    shutil.copytree(run/"folds", to/"folds", dirs_exist_ok=True)
     (to/"data").symlink_to(os.readlink(run/"data"))
 
 
