@@ -21,7 +21,7 @@ from ..core.metrics import auroc, average_precision, covered, overkill_at, thres
 from ..core.predictor import Predictor, picture_score
 from ..data.read import DataError, load_image, load_mask
 from .operating import BINS
-from .report import number, text_table
+from .report import number
 from .score import interval
 
 # %% ../../nbs/3e_judge.folds.ipynb #f0000006
