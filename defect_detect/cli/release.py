@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['release_group', 'release_register', 'release_promote', 'release_rollback', 'release_check', 'release_show',
-           'release_history', 'release_bundle']
+           'release_history', 'release_prove', 'release_evidence', 'release_image', 'release_bundle']
 
 # %% ../../nbs/98_cli.release.ipynb #af05ad6f
 import json
@@ -110,6 +110,14 @@ def release_check(tag:Annotated[str, typer.Argument(metavar="TAG", help="e.g. ti
     if not good: raise typer.Exit(1)
 
 
+def _tag(ref, remote):
+    from defect_detect.release.registry import read_tags
+    from defect_detect.run.schema import ParameterError
+    t = next((t for t in read_tags(_root(), remote) if t.ref==ref), None)
+    if not t: raise ParameterError(f"{remote} has no release tag {ref!r}; defect-detect release history lists them")
+    return t
+
+
 def _when(t): return datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%d %H:%M")
 
 
@@ -136,17 +144,51 @@ def release_history(name:_Name=None, remote:_Remote="origin", json_:Json=False):
     table([(e["ref"], e["action"], e["version"] or "-", _when(e["when"]), e["by"], said(e)) for e in rows], ("tag", "what", "version", "when (UTC)", "who", "why"))
 
 # %% ../../nbs/98_cli.release.ipynb #fa2ebd88
+@release_group.command("prove", epilog="Example: defect-detect release prove tiles --data ~/pictures --push")
+def release_prove(name:Annotated[str, typer.Argument(metavar="MODEL", help="on record in models/")],
+                  ref:Annotated[str, typer.Option("--at", metavar="COMMIT", help="that has the record")]="HEAD",
+                  seeds:Annotated[list[str], typer.Option("--seed-run", metavar="RUN", help="for a model from a GPU: a run with another seed; may be repeated")]=[],
+                  data:_Data=None, env:Annotated[bool, typer.Option("--env", help="build the environment of its lock first")]=False,
+                  push:Annotated[bool, typer.Option("--push", help="the note, for others")]=False, remote:_Remote="origin", json_:Json=False):
+    "Repeat a model on record and note what came out, for the gate."
+    from defect_detect.release.evidence import prove, prove_seeds, push_evidence
+    root = _root()
+    e = prove_seeds(name, seeds, ref, root) if seeds else prove(name, ref, root, data and data.expanduser(), env, _say)
+    if push: push_evidence(name, ref, root, remote)
+    print(json.dumps(e) if json_ else f"image AUROC of {len(e['values'])} seeds: {', '.join(f'{v:.3f}' for v in e['values'].values())}" if seeds else f"{e['outputs']-len(e['differ'])} of {e['outputs']} outputs equal on {e['cpu']}")
+    if not e.get("equal", True): raise typer.Exit(1)
+
+
+@release_group.command("evidence", epilog="Example: defect-detect release evidence tiles --push")
+def release_evidence(name:_Name=None, ref:Annotated[str, typer.Option("--at", metavar="COMMIT")]="HEAD", push:Annotated[bool, typer.Option("--push", help="send the clone's notes to the remote")]=False, remote:_Remote="origin", json_:Json=False):
+    "What is noted about the code and a model on record: tests and repetitions."
+    from defect_detect.release.evidence import evidence, push_evidence
+    root = _root()
+    if push: push_evidence(name, ref, root, remote)
+    d = evidence(name, ref, root, remote)
+    if json_: return print(json.dumps(d))
+    for k, entries in d.items():
+        for e in entries: print(f"{k} {e['when']}: "+", ".join(f"{n} {v}" for n, v in e.items() if n!="when"))
+    if not any(d.values()): print("nothing is noted")
+
+
+@release_group.command("image", epilog="Example: defect-detect release image 'tiles#dev#4' sha256:...")
+def release_image(tag:Annotated[str, typer.Argument(metavar="TAG", help="a release tag")], digest:Annotated[str|None, typer.Argument(help="that was built for it; none: print the one of its version")]=None, remote:_Remote="origin", json_:Json=False):
+    "Note the image of a tag by its digest, or say it; prod takes the one that was built for dev."
+    from defect_detect.release.evidence import find_image, note_image
+    from defect_detect.release.registry import ReleaseError, read_tags
+    root, t, tags = _root(), _tag(tag, remote), read_tags(_root(), remote)
+    if digest: note_image(t, digest, root, remote)
+    if not (found := digest or find_image(t, tags, root, remote)): raise ReleaseError(f"no image of {t.name} {t.version} is noted")
+    print(json.dumps(dict(tag=tag, version=t.version, digest=found)) if json_ else found)
+
+
 @release_group.command("bundle", epilog="Example: defect-detect release bundle 'tiles#prod#5' bundles/prod")
 def release_bundle(ref:Annotated[str, typer.Argument(metavar="TAG", help="a release tag, or COMMIT:MODEL")], to:Annotated[Path, typer.Argument(help="folder; must not exist")], remote:_Remote="origin", json_:Json=False):
     "Lay out the bundle of a version in a folder, from the cache or the DVC remote."
     from defect_detect.release.model import read_model
-    from defect_detect.release.registry import read_tags
-    from defect_detect.run.schema import ParameterError
     root, (commit, colon, name) = _root(), ref.rpartition(":")
-    if not colon:
-        t = next((t for t in read_tags(root, remote) if t.ref==ref), None)
-        if not t: raise ParameterError(f"{remote} has no release tag {ref!r}; defect-detect release history lists them")
-        name, commit = t.name, t.commit
+    if not colon: name, commit = (t := _tag(ref, remote)).name, t.commit
     b = read_model(name, commit, root).lay_out(to)
     tag = f"{b.card.name}@{b.version}"
     print(json.dumps(dict(folder=str(to), bundle=tag)) if json_ else f"{to}: {tag}")
