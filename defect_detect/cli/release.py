@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['release_group', 'release_register', 'release_promote', 'release_rollback', 'release_check', 'release_show',
-           'release_history', 'release_prove', 'release_evidence', 'release_image', 'release_bundle']
+           'release_history', 'release_prove', 'release_evidence', 'release_image', 'release_bundle', 'release_report']
 
 # %% ../../nbs/98_cli.release.ipynb #af05ad6f
 import json
@@ -192,3 +192,17 @@ def release_bundle(ref:Annotated[str, typer.Argument(metavar="TAG", help="a rele
     b = read_model(name, commit, root).lay_out(to)
     tag = f"{b.card.name}@{b.version}"
     print(json.dumps(dict(folder=str(to), bundle=tag)) if json_ else f"{to}: {tag}")
+
+# %% ../../nbs/98_cli.release.ipynb #a6108b2b
+@release_group.command("report", epilog="Example: defect-detect release report origin/main:tiles mine --out report --link notebooks=https://example.org/run/7")
+def release_report(a:Annotated[str, typer.Argument(metavar="A", help="a run, a record, COMMIT:RECORD, or a commit or tag with one record; - where there is none yet")], b:Annotated[str, typer.Argument(metavar="B", help="the new one; it may have failed")],
+                   out:Annotated[Path, typer.Option("-o", "--out", help="folder for report.md and report.html")]=Path("report"), link:Annotated[list[str], typer.Option("--link", metavar="WORDS=ADDRESS", help="may be repeated")]=[],
+                   draws:Annotated[int, typer.Option(min=10, max=100000, help="of the bootstrap over parts")]=500, json_:Json=False):
+    "What B changes against A, in numbers and pictures, as Markdown and HTML. Of a run that failed: the failing cell."
+    from defect_detect.release.report import make_report, write_report
+    from defect_detect.run.schema import ParameterError
+    links = dict(s.partition("=")[::2] for s in link)
+    if odd := next((s for s in link if not s.partition("=")[2].startswith(("https://", "http://"))), None): raise ParameterError(f"--link {odd!r} is not WORDS=ADDRESS with an address of http or https")
+    r = make_report(None if a=="-" else a, b, _root(), draws, links)
+    paths = write_report(r, out)
+    print(json.dumps(dict(title=r.title, failed=r.failed, markdown=str(paths[0]), html=str(paths[1]), **dict(report=r.data))) if json_ else f"{r.title}\n{paths[0]}, {paths[1].name}")

@@ -14,7 +14,6 @@ from typing import Any
 from .notes import code_key, keep_note, push_note, read_notes, record_key, refuse_dirty
 from .registry import ReleaseError, Tag
 from ..run.receipt import machine, now
-from ..run.record import git
 from ..run.schema import ParameterError
 
 # %% ../../nbs/58_release.evidence.ipynb #d22b06c7
