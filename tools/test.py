@@ -141,14 +141,31 @@ def clean_tree():
 STAGES = dict(drift=drift, readme=readme, stages=stages, imports=imports, style=style, library=library, tutorials=tutorials, pipeline=pipeline, pytest=pytests)
 
 
+def begin_note()->str:
+    "The hash of the code that is about to be tested."
+    from defect_detect.release.notes import code_key, refuse_dirty
+    try: refuse_dirty(ROOT)
+    except RuntimeError as e: sys.exit(f"error: {e}")
+    return code_key(ROOT)
+
+
+def end_note(counts, key):
+    from defect_detect.release.evidence import note_tests
+    try: note_tests(counts, key, ROOT)
+    except RuntimeError as e: sys.exit(f"error: {e}")
+    print(f"noted for code {key[:12]}; defect-detect release evidence --push sends it")
+
+
 def main():
     a = argparse.ArgumentParser(description=__doc__)
     a.add_argument("stage", nargs="*", help=f"of {', '.join(STAGES)}; none: all")
-    chosen = a.parse_args().stage
+    a.add_argument("--note", action="store_true", help="note the counts with the code's hash, for the release gate; the code must be committed")
+    chosen, note = (args := a.parse_args()).stage, args.note
     unknown = [s for s in chosen if s not in STAGES]
     if unknown: a.error(f"unknown stage {unknown[0]}; allowed: {', '.join(STAGES)}")
     todo = {k: v for k, v in STAGES.items() if not chosen or k in chosen}
     if os.environ.get("CI") and not chosen: todo["clean tree"] = clean_tree
+    key, counts = begin_note() if note else "", {}
     passed = failed = 0
     for name, stage in todo.items():
         t, results = time.monotonic(), []
@@ -161,7 +178,8 @@ def main():
             print("  FAILED: the stage ran nothing", flush=True)
         bad = sum(map(bool, results))
         print(f"   {len(results)-bad} passed, {bad} failed, {time.monotonic()-t:.0f} s", flush=True)
-        passed, failed = passed+len(results)-bad, failed+bad
+        passed, failed, counts[name] = passed+len(results)-bad, failed+bad, (len(results)-bad, bad)
+    if note: end_note(counts, key)
     print(f"{passed} passed, {failed} failed")
     sys.exit(bool(failed))
 

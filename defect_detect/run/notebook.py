@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import nbformat
 from filelock import FileLock, Timeout
 
 from ..core.files import write_whole
@@ -119,6 +118,7 @@ def time_left(line:str, # printed by a cell
 
 # %% ../../nbs/41_run.notebook.ipynb #f3d7582d
 def _execute(notebook, tmp, values, cwd, say):
+    import nbformat # takes seconds
     import papermill
     from nbclient.exceptions import DeadKernelError
     papermill.engines.papermill_engines.register("defect_detect", _engine())
@@ -145,6 +145,7 @@ def plain_path(p:str, # of a notebook, as typed
 
 def _failing_first(notebook):
     "A copy of `notebook`, beside it, that shows the failing cell before all others."
+    import nbformat
     nb = nbformat.read(notebook, 4)
     failing = [c for c in nb.cells if any(o.output_type=="error" for o in c.get("outputs", []))]
     nb.cells = [nbformat.v4.new_code_cell(c.source, outputs=c.outputs, execution_count=c.execution_count) for c in failing]+nb.cells

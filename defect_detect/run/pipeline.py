@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 from filelock import FileLock, Timeout
 
@@ -35,6 +34,7 @@ from .schema import ParameterError, read_schema
 # %% ../../nbs/42_run.pipeline.ipynb #9d0fc8c5
 def _imports(notebook):
     "Modules of ours that the code cells of `notebook` import, inside `if` and functions too."
+    import nbformat # takes seconds
     out = set()
     for c in nbformat.read(notebook, 4).cells:
         if c.cell_type!="code": continue

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import nbformat
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -160,6 +159,7 @@ def tagged(nb, name:str)->tuple[int, Any]: # number of the cell from 1, the cell
 
 def read_schema(notebook:str|Path)->Schema:
     "Read the schema of `notebook` without running anything."
+    import nbformat # takes seconds
     notebook = Path(notebook)
     try: nb = nbformat.read(notebook, 4)
     except FileNotFoundError: raise SchemaError(f"no notebook at {notebook}") from None
