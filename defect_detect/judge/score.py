@@ -130,7 +130,7 @@ def summarise(rows:pd.DataFrame, # from `score_pictures`
                defective_parts=int(bad.group.nunique()), threshold=rounded(threshold), leaky_split=is_leaky(rows),
                iou=overlap(bad), iou_with_good=overlap(rows), dice=overlap(bad, 2), region_recall=recall(bad), regions_right=rate(rows, rows.right, rows.predicted, n),
                **{k: measure(rows, of(f), n) for k, f in dict(auroc=auroc, average_precision=average_precision, overkill_at_5pct_escape=overkill_at).items()},
-               escape=passed(bad)|dict(most=rounded(most(bad.verdict=="ok", bad.group))), overkill=rejected(good)|dict(most=rounded(most(good.verdict=="defect", good.group))),
+               escape=passed(bad)|dict(most=rounded(most(p := bad.verdict=="ok", bad.group)), count=int(p.sum())), overkill=rejected(good)|dict(most=rounded(most(p := good.verdict=="defect", good.group)), count=int(p.sum())),
                review=rate(rows, rows.verdict=="review", n=n))
     kinds = {k: dict(pictures=len(t), parts=int(t.group.nunique()), iou=overlap(t), class_iou=class_iou(i), region_recall=recall(t), regions=int(t.true.sum()), escape=passed(t))
              for i, k in enumerate(classes) if i and len(t := rows[rows.label==k])}
