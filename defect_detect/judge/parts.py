@@ -28,15 +28,15 @@ def vote(rows:pd.DataFrame, # group, bad, score
 
 def part_rates(rows:pd.DataFrame, # from `score_pictures`
                n:int=500, # bootstrap draws
-)->dict: # parts, defective_parts, pictures_a_part, escape and overkill when one picture judged defect rejects the part; ways: how -> auroc, overkill at 5 and 10 % escape
+)->dict: # parts, defective_parts, good_parts, pictures_a_part, escape and overkill when one picture judged defect rejects the part; ways: how -> auroc, overkill at 5 and 10 % escape
     "What is passed and rejected by part."
     of = lambda f: lambda t: f(t.score.to_numpy(), t.bad.to_numpy()) if t.bad.any() and not t.bad.all() else float("nan")
     one = lambda t: dict(auroc=measure(t, of(auroc), n), overkill_at_5pct_escape=measure(t, of(overkill_at), n), overkill_at_10pct_escape=measure(t, of(lambda s, y: overkill_at(s, y, .1)), n))
     ways = {k: vote(rows, k) for k in VOTES}
     p = ways["max"].assign(called=rows.groupby("group").verdict.agg(lambda v: (v=="defect").any()).to_numpy(), seen=rows.groupby("group").verdict.agg(lambda v: (v!="ok").any()).to_numpy())
     bad, good = p[p.bad], p[~p.bad]
-    return dict(parts=len(p), defective_parts=len(bad), pictures_a_part=rounded(p.pictures.mean()), escape=rate(bad, ~bad.seen, n=n)|dict(most=rounded(most(~bad.seen, bad.group))),
-                overkill=rate(good, good.called, n=n)|dict(most=rounded(most(good.called, good.group))), ways={k: one(t) for k, t in ways.items()})
+    return dict(parts=len(p), defective_parts=len(bad), good_parts=len(good), pictures_a_part=rounded(p.pictures.mean()), escape=rate(bad, ~bad.seen, n=n)|dict(most=rounded(most(~bad.seen, bad.group)), count=int((~bad.seen).sum())),
+                overkill=rate(good, good.called, n=n)|dict(most=rounded(most(good.called, good.group)), count=int(good.called.sum())), ways={k: one(t) for k, t in ways.items()})
 
 # %% ../../nbs/38_judge.parts.ipynb #9844b111
 def show_votes(rows:pd.DataFrame, # from `score_pictures`

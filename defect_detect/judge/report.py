@@ -103,7 +103,7 @@ def operating_words(metrics:Mapping, # from `evaluate`
     said = [f"Slipped through (escape): {_rate(m['escape'], m['defective_pictures'], 'defective pictures')}, of {m['defective_parts']} parts.",
             f"Thrown away (overkill): {_rate(m['overkill'], m['good_pictures'], 'good pictures')}."]
     if m["review"]["value"]: said.append(f"For a person to review: {m['review']['value']:.1%} of the pictures.")
-    said.append(f"By part, where one picture called defective rejects it: {_rate(p['escape'], p['defective_parts'], 'defective parts')} slipped through; {_rate(p['overkill'], p['parts']-p['defective_parts'], 'good parts')} thrown away.")
+    said.append(f"By part, where one picture called defective rejects it: {_rate(p['escape'], p['defective_parts'], 'defective parts')} slipped through; {_rate(p['overkill'], p['good_parts'], 'good parts')} thrown away.")
     said.append(f"With 95 % confidence at most {m['escape']['most']:.0%} of the pictures of new defective parts pass and at most {m['overkill']['most']:.0%} of those of new good parts are rejected, each part counted once.")
     return [name_leak(s, _leaky(m)) for s in said]
 
