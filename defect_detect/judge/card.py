@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from ..data.split import LEAKY, name_leak
 from .agreement import agreement_words
 from .corrections import reading_words
-from .report import KIND_HEAD, READING_HEAD, REGION_HEAD, SIZE_HEAD, VOTE_HEAD, _MEANING, _at, _leaky, kind_rows, metric_rows, number, operating_words, reading_rows, region_rows, size_rows, vote_rows
+from .report import KIND_HEAD, READING_HEAD, REGION_HEAD, SIZE_HEAD, VOTE_HEAD, MEANING, at_key, from_leaky, kind_rows, metric_rows, operating_words, reading_rows, region_rows, size_rows, vote_rows
 
 # %% ../../nbs/3f_judge.card.ipynb #df72fffb
 def _markdown(rows, head): return "\n".join("| "+" | ".join(r)+" |" for r in (head, ["---"]*len(head), *rows)) if rows else "None."
@@ -25,7 +25,7 @@ def _corrected(m):
 
 def _unseen(m):
     if m["audit"]["others"]==0: return "All pictures of the table were tested; whether the model saw them in training cannot be read from it."
-    return f"**{LEAKY.capitalize()}:** photographs of the tested parts stand in train or validation, so these numbers say nothing about new parts." if _leaky(m) or m["audit"]["with_sibling"] else "No picture of these parts was used for training or for the operating point."
+    return f"**{LEAKY.capitalize()}:** photographs of the tested parts stand in train or validation, so these numbers say nothing about new parts." if from_leaky(m) or m["audit"]["with_sibling"] else "No picture of these parts was used for training or for the operating point."
 
 
 def card(metrics:Mapping, # from `evaluate`
@@ -33,7 +33,7 @@ def card(metrics:Mapping, # from `evaluate`
     "Write the model card."
     m, lines = metrics, lambda items: "\n".join(f"- {s}" for s in items)
     red = f"**Read this first**\n\n{lines(f['what'] for f in m['findings'])}\n\n" if m["findings"] else ""
-    return f"""# {name_leak(m['bundle'], _leaky(m))}
+    return f"""# {name_leak(m['bundle'], from_leaky(m))}
 
 Finds defects on pictures of parts and says whether a part is good. It assists a person; it does not replace the decision about a part.
 
@@ -91,7 +91,7 @@ def _strange(line, about):
 
 def _about(m)->Iterator[tuple[str, Mapping]]: # head of a table -> name of a line -> where its numbers stand
     own = m["mask_agreement"]
-    yield "what", {name: [_at(m, k), own["all"] if k=="iou" else {}] for k, name, _ in _MEANING if _at(m, k) is not None}
+    yield "what", {name: [at_key(m, k), own["all"] if k=="iou" else {}] for k, name, _ in MEANING if at_key(m, k) is not None}
     yield "kind", {k: [v, own.get(k, {})] for k, v in m["by_kind"].items()}
     five = m["at_5pct_escape"]
     yield "kind", {k: [v, five["region_recall"][k], five["region_recall_lowered"][k]] for k, v in m["at_operating_point"]["region_recall"].items()}
@@ -109,7 +109,7 @@ def check_card(text:str, # card.md
     if (asked := f"chosen for {metrics['operating_point']['chosen_for']}") not in text: out.append(f"the operating point is not said to be {asked}")
     for q in quoted: text = text.replace(q, "")
     tables, head, known = list(_about(metrics)), None, {}
-    reading = {name: [metrics[k], metrics["labels"]["beside"][k]] for k, name, _ in _MEANING if k in metrics["labels"]["beside"]}
+    reading = {name: [metrics[k], metrics["labels"]["beside"][k]] for k, name, _ in MEANING if k in metrics["labels"]["beside"]}
     for line in text.splitlines():
         cells = [c.strip() for c in line.strip("| ").split(" | ")] if line.startswith("|") else None
         if cells is None:

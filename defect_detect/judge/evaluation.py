@@ -15,7 +15,7 @@ import pandas as pd
 from ..core.metrics import threshold_at
 from ..core.predictor import Predictor
 from ..data.leaks import audit_split
-from .agreement import read_pairs, self_agreement
+from .agreement import self_agreement
 from .calibration import calibration_error, reliability
 from .corrections import both_readings
 from .findings import findings
