@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import write_whole
-from ..judge.report import metric_parts, number
+from ..judge.report import MEANING, metric_parts, number
 from ..run.compare import FEW, Comparison, Tested, compare_runs, find_pictures, find_tested
 from ..run.pipeline import find_run
 from ..run.receipt import read_receipt
@@ -83,7 +83,7 @@ def to_html(r:Report)->str:
 """
 
 # %% ../../nbs/59_release.report.ipynb #e1148f74
-_SAID = {k: name for k, (name, _, _) in zip(("auroc", "average_precision", "escape", "overkill", "overkill_at_5pct_escape", "iou", "region_recall"), metric_parts({k: None for k in ("auroc", "average_precision", "escape", "overkill", "overkill_at_5pct_escape", "iou", "region_recall")}))}
+_SAID = {k: name for k, name, _ in MEANING}
 
 
 def _value(v): return Code("-" if v is None else json.dumps(v) if not isinstance(v, str) else v[:24])

@@ -91,7 +91,7 @@ def parse_changes(root:str|Path, # the project
     "Read what was typed by the schema of each stage."
     stages = yaml.safe_load((Path(root)/"dvc.yaml").read_text())["stages"]
     for k in words:
-        if k not in stages: raise ParameterError(f"there is no stage {k!r}; stages: {', '.join(stages)}")
+        if k not in stages: raise ParameterError(f"there is no stage {k[:80]!r}; stages: {', '.join(stages)}")
     return {k: read_schema(Path(root)/"nbs/pipeline"/stage_notebook(stages[k])).parse(v) for k, v in words.items()}
 
 
