@@ -117,7 +117,9 @@ def test_metrics_tables_and_card_say_it(run):
     assert card.splitlines()[0].endswith(f"({LEAKY})") and "No picture of these parts" not in card
     for name in ("image AUROC", "pooled IoU", "overkill", "escape"): assert f"{name} ({LEAKY})" in said["4_evaluate"] and f"{name} ({LEAKY})" in card
     book = (d/"notebooks/4_evaluate.ipynb").read_text()
-    assert f"exposure ({LEAKY})" in book
+    m = json.loads((d/"evaluate/metrics.json").read_text())
+    for name in (*m["by_kind"], *m["by_part"]["ways"]): assert f"{name} ({LEAKY})" in said["4_evaluate"], name
+    for name in ("kind_and_exposure", "kind_confusion", "sizes_found", "spread", "votes", "reliability"): assert f"name_sheet(show_{name}(" in book, name
 
 
 def test_the_end_of_a_run_says_it(run, capsys):

@@ -40,9 +40,9 @@ def worktrees(project): return [p for p in (project/"runs/.replay").iterdir() if
 def project(tmp_path_factory):
     "A model on record at tag v1; its library writes a word into the card that no other library writes."
     to = copy_project(tmp_path_factory.mktemp("replay")/"project")
-    report = to/"defect_detect/judge/report.py"
-    assert report.read_text().count("It assists a person")==1
-    report.write_text(report.read_text().replace("It assists a person", "It assists a person of then"))
+    page = to/"defect_detect/judge/card.py"
+    assert page.read_text().count("It assists a person")==1
+    page.write_text(page.read_text().replace("It assists a person", "It assists a person of then"))
     git(to, "init", "-q")
     git(to, "add", ".")
     git(to, "commit", "-qm", "first")
@@ -57,7 +57,7 @@ def project(tmp_path_factory):
     git(to, "commit", "-qm", "tiles on record")
     git(to, "tag", "v1")
     # since then: other code, other defaults, and the run itself is gone
-    report.write_text(report.read_text().replace("of then", "of now"))
+    page.write_text(page.read_text().replace("of then", "of now"))
     (to/"params.yaml").write_text((to/"params.yaml").read_text().replace("decoder: fpn", "decoder: unet"))
     git(to, "commit", "-qam", "later")
     shutil.rmtree(to/"runs")

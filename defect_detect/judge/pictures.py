@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Sheet', 'sheet', 'show_samples', 'show_groups', 'show_changed', 'show_beside', 'save_sheet', 'plot_losses',
-           'plot_validation', 'show_history', 'plot_scores', 'plot_risk', 'show_scores', 'worst', 'show_predictions',
-           'save_predictions']
+           'plot_validation', 'show_history', 'plot_scores', 'plot_risk', 'show_scores', 'name_sheet', 'worst',
+           'show_predictions', 'save_predictions']
 
 # %% ../../nbs/32_judge.pictures.ipynb #7e735b82
 import io
@@ -160,6 +160,14 @@ def show_scores(rows:pd.DataFrame, threshold:float)->Sheet:
     "Scores of good and defective pictures, and the trade between escape and overkill."
     f = Sheet(figsize=(8, 2.8), layout="constrained")
     for a, plot in zip(f.subplots(1, 2), (plot_scores, plot_risk)): plot(a, rows, threshold)
+    return f
+
+# %% ../../nbs/32_judge.pictures.ipynb #57b89b47
+def name_sheet(f:Sheet, # of numbers that came from `rows`
+               rows:pd.DataFrame, # from `score_pictures`
+)->Sheet:
+    "Write over `f` what its rows say of their split, where they say that it leaks."
+    if is_leaky(rows): f.suptitle(LEAKY, fontsize=8, color="#c8202c")
     return f
 
 # %% ../../nbs/32_judge.pictures.ipynb #d3028559
