@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Engine', 'OrtEngine', 'OpenVinoEngine', 'cpu_flags', 'can_run', 'start_engine', 'start_plan', 'Region', 'Prediction',
-           'picture_score', 'verdict_of', 'find_regions', 'Predictor']
+           'picture_score', 'logit', 'chance', 'verdict_of', 'find_regions', 'Predictor']
 
 # %% ../../nbs/03_core.predictor.ipynb #ed7a5570
 import os
@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from .bundle import Bundle, BundleError, OperatingPoint, read_bundle
+from .bundle import Bundle, BundleError, Calibration, OperatingPoint, read_bundle
 from .image import letterbox, normalise, place, restore
 from .metrics import label_regions
 
@@ -149,6 +149,7 @@ class Prediction:
     mask: np.ndarray # (h,w) uint8 class of each pixel, 0 is background
     defect_prob: np.ndarray # (h,w) float32 probability that a pixel is defective
     bundle: str # name@version
+    probability: float|None = None # that the picture is defective, in (0,1); None where the bundle was not calibrated
 
 
 def picture_score(defect_prob:np.ndarray, # (...) float32 at the network's size, padding left out
@@ -158,6 +159,21 @@ def picture_score(defect_prob:np.ndarray, # (...) float32 at the network's size,
     v = defect_prob.ravel()
     k = min(k, len(v))
     return float(np.clip(np.partition(v, len(v)-k)[-k:].astype(np.float64).mean(), 0, 1))
+
+
+def logit(score)->np.ndarray: # like `score`, in [0,1]
+    "Log of the odds; 0 and 1 count as one millionth from there."
+    s = np.clip(np.asarray(score, float), 1e-6, 1-1e-6) # scores have six digits
+    return np.log(s/(1-s))
+
+
+def chance(score, # (n,) or one, in [0,1]
+           c:Calibration,
+           share:float|None=None, # of defective pictures where it is used, in (0,1); None: as fitted
+)->np.ndarray: # like `score`, in (0,1)
+    "The chance that a picture with this score is defective."
+    move = 0. if share is None else logit(share)-logit(c.share)
+    return 1/(1+np.exp(-(c.slope*logit(score)+c.shift+move)))
 
 
 def verdict_of(score:float, op:OperatingPoint)->Literal["ok", "review", "defect"]:
@@ -251,4 +267,4 @@ class Predictor:
         if op.min_area>1:
             lab, n = label_regions(mask>0)
             mask[(np.bincount(lab.ravel(), minlength=n+1)<op.min_area*scale)[lab]] = 0
-        return Prediction(verdict_of(score, op), score, find_regions(mask, prob, c.classes), mask, prob, self.tag)
+        return Prediction(verdict_of(score, op), score, find_regions(mask, prob, c.classes), mask, prob, self.tag, float(chance(score, op.calibration)) if op.calibration else None)

@@ -16,7 +16,7 @@ from ..core.metrics import threshold_at
 from ..core.predictor import Predictor
 from ..data.leaks import audit_split
 from .agreement import self_agreement
-from .calibration import calibration_error, reliability
+from .calibration import as_chances, calibration_error, reliability
 from .corrections import both_readings
 from .findings import findings
 from .parts import part_rates, spread
@@ -74,7 +74,7 @@ def evaluate(pred:Predictor, data:str|Path, # the bundle; the data folder
               recall_by_size=recall_by_size(pixels.regions, n=n), aupro=aupro(pixels, n), overlap=overlap_gain(pixels, n),
               at_operating_point=dict(region_recall=region_recall(pixels.regions, looked, n=n)),
               at_5pct_escape=dict(threshold=round(five, 6), region_recall=region_recall(pixels.regions, five, n=n), region_recall_lowered=region_recall(pixels.regions, five, min(five, op.pixel_threshold), n)),
-              calibration=dict(error=calibration_error(rows, n), bins=reliability(rows)), mask_agreement=self_agreement(data, mine, pairs, n),
+              calibration={k: dict(error=calibration_error(t, n), bins=reliability(t)) for k, t in (("score", rows), ("probability", as_chances(rows, op))) if t is not None}, mask_agreement=self_agreement(data, mine, pairs, n),
               labels=both_readings(pred, data, mine, rows, corrections, n), audit=leak_audit(table, part, pairs) if part!="all" else leak_audit(table.assign(split="all"), part))
     return m | dict(findings=findings(m, rows, op, part, pred.bundle.reference))
 

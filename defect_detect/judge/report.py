@@ -31,7 +31,8 @@ MEANING = (
     ("by_part.overkill", "overkill by part", "good parts of which some picture is called defective"),
     ("by_part.ways.max.overkill_at_5pct_escape", "overkill at 5 % escape, by part", "the worst picture of a part decides; a point of the test curve"),
     ("by_part.ways.mean.overkill_at_5pct_escape", "the same, voting by mean", "all pictures of a part vote; a point of the test curve"),
-    ("calibration.error", "calibration error", "mean distance of a score from the share that is defective"),
+    ("calibration.score.error", "calibration error of the score", "mean distance of a score from the share that is defective"),
+    ("calibration.probability.error", "calibration error of the probability", "the same after the map that the bundle carries"),
 )
 
 

@@ -19,7 +19,7 @@ from ..core.bundle import Bundle
 from .messages import Answer, ProblemError
 
 # %% ../../nbs/68_serve.oip.ipynb #d180d3ac
-OUTPUTS = dict(verdict="BYTES", score="FP32", regions="BYTES", novelty="FP32", mask="BYTES") # name -> datatype
+OUTPUTS = dict(verdict="BYTES", score="FP32", probability="FP32", regions="BYTES", novelty="FP32", mask="BYTES") # name -> datatype
 USUAL = ("verdict", "score", "regions") # when none are named
 
 
@@ -103,7 +103,7 @@ def read_infer(body:bytes,
 def _value(name:str, a:Answer)->bytes|float:
     if name=="verdict": return a.verdict.encode()
     if name=="score": return a.score
-    if name=="novelty": return float("nan") if a.novelty is None else a.novelty
+    if name in ("probability", "novelty"): return float("nan") if getattr(a, name) is None else getattr(a, name)
     if name=="mask": return base64.b64decode(a.mask)
     return json.dumps([r.model_dump(by_alias=True, exclude_none=True) for r in a.regions], separators=(",", ":")).encode()
 
