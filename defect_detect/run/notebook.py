@@ -30,7 +30,8 @@ from .schema import ParameterError, read_schema
 
 # %% ../../nbs/41_run.notebook.ipynb #7e2bbe48
 QUIET = dict(DVC_NO_ANALYTICS="1", ORT_DISABLE_TELEMETRY="1", ITERATIVE_DO_NOT_TRACK="1", DO_NOT_TRACK="1", DVC_STUDIO_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_IMPLICIT_TOKEN="1",
-             JUPYTER_PREFER_ENV_PATH="1", PYTHONHASHSEED="0", OMP_WAIT_POLICY="PASSIVE", PYDEVD_DISABLE_FILE_VALIDATION="1")
+             JUPYTER_PREFER_ENV_PATH="1", PYTHONHASHSEED="0", OMP_WAIT_POLICY="PASSIVE", PYDEVD_DISABLE_FILE_VALIDATION="1",
+             PYTHONWARNINGS="ignore::FutureWarning:torch.jit._script,ignore:IProgress not found") # of libraries about themselves: no reader of a notebook can do anything about them
 
 
 @contextlib.contextmanager
@@ -38,6 +39,7 @@ def quiet():
     "Set `QUIET` for this process and its children, and take it back."
     before = {k: os.environ.get(k) for k in QUIET}
     os.environ.update(QUIET)
+    if before["PYTHONWARNINGS"]: os.environ["PYTHONWARNINGS"] += ","+before["PYTHONWARNINGS"] # the last that fits decides
     try: yield
     finally:
         for k, v in before.items(): os.environ.pop(k, None) if v is None else os.environ.update({k: v})
