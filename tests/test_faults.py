@@ -170,11 +170,13 @@ def undisturbed(tmp_path_factory, pictures):
     return (to/"runs/x/dvc.lock").read_bytes()
 
 
-def test_stopped_in_every_stage(project, pictures, undisturbed):
+@pytest.mark.scaled
+def test_stopped_in_every_stage(project, pictures, undisturbed, many):
     "kill -9 of the command, Ctrl-C from a terminal: nobody is left, no stage counts as done, the next call goes on, the end is the same."
     run, words = project/"runs/x", [TOOL, "run", "pipeline", "x", "--data", pictures, *QUICK]
-    for stage in ("prepare", "train", "export", "evaluate"):
-        for sig in (signal.SIGKILL, signal.SIGINT):
+    kill, stop = (signal.SIGKILL,), (signal.SIGINT,)
+    for stage, *by_day in (("prepare", stop), ("train", kill), ("export", kill), ("evaluate", stop)):
+        for sig in many(*by_day, kill+stop):
             p = subprocess.Popen(words, cwd=project, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
             here = False
             for line in p.stdout:
@@ -241,19 +243,20 @@ def small_disk(size):
         hold.communicate()
 
 
+@pytest.mark.scaled
 @linux
-def test_a_disk_that_fills_anywhere(project, pictures, undisturbed):
+def test_a_disk_that_fills_anywhere(project, pictures, undisturbed, many):
     "The disk grows a little after each failure: every call ends with one line about space and the next one goes on, to the same end."
     used = sum(p.stat().st_size+4096 for p in project.rglob("*"))//1024+200
     with small_disk(used) as (disk, enter, resize):
         shutil.copytree(project, disk/"project")
-        failed, step = [], 128
+        failed, step, faster = [], 128, many(6, 3)
         for _ in range(9):
             rc, out, err = call("run", "pipeline", "x", "--data", pictures, *QUICK, cwd="/", before=[*enter[:-1], "/mnt/project"])
             if rc==0: break
             failed.append(err)
             one_line((rc, out, err), 1, "(?i)no space left|disk")
-            used, step = used+step, step*3
+            used, step = used+step, step*faster
             resize(used)
         assert rc==0, err
         assert len(failed)>=3 and (disk/"project/runs/x/dvc.lock").read_bytes()==undisturbed
