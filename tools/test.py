@@ -122,14 +122,16 @@ def pipeline():
 
 def pytests():
     "What a notebook cell cannot see."
-    with tempfile.TemporaryDirectory() as tmp:
-        code, out = sh(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no", f"--basetemp={tmp}/t", "--durations=5", "tests")
-    print("\n".join("    "+s for s in out.splitlines() if re.match(r"\d+\.\d+s (call|setup)", s)))
-    n = re.search(r"(\d+) passed", out)
-    for i in range(int(n[1]) if n else 0): yield f"test {i+1}", ""
-    bad = re.search(r"(\d+) skipped", out)
-    if bad: yield "skipped", f"{bad[1]} tests did not run"
-    if code not in (0, 5): yield "pytest", out[-6000:]
+    served = sorted((ROOT/"tests").glob("test_serve*.py")) # load and time out: these have both cores to themselves
+    others = sorted(set((ROOT/"tests").glob("test_*.py"))-set(served))
+    for what, some, how in (("beside each other", others, ("-n", "2", "--dist", "loadfile")), ("alone", served, ())): # a file's tests share what its fixtures made
+        with tempfile.TemporaryDirectory() as tmp: code, out = sh(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no", f"--basetemp={tmp}/t", "--durations=5", *how, *some)
+        print("\n".join("    "+s for s in out.splitlines() if re.match(r"\d+\.\d+s (call|setup)", s)))
+        n = re.search(r"(\d+) passed", out)
+        for i in range(int(n[1]) if n else 0): yield f"{what} {i+1}", ""
+        bad = re.search(r"(\d+) skipped", out)
+        if bad: yield f"skipped, {what}", f"{bad[1]} tests did not run"
+        if code not in (0, 5) or not n: yield f"pytest, {what}", out[-6000:]
 
 
 def clean_tree():
