@@ -73,7 +73,7 @@ def one_step(where, step, release, text)->Found:
         if not IMAGE.match(uses): yield where, f"{uses} is not named by a digest"
     elif uses and not uses.startswith("./"):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+@[0-9a-f]{40}", uses): yield where, f"{uses} is not pinned by a commit, and a tag can be moved"
-        elif not re.search(re.escape(uses)+r"[\"']? # v\d", text): yield where, f"{uses} does not say its version beside the commit"
+        elif text.count(uses)!=len(re.findall(re.escape(uses)+" # v\\d", text)): yield where, f"{uses} does not say its version beside the commit"
     if uses.startswith("actions/checkout@") and opts.get("persist-credentials") is not False: yield where, "checkout leaves its token in the clone; set persist-credentials: false"
     if release and (uses.startswith("actions/cache") or any("cache" in k and opts[k] not in (False, "false") for k in opts)): yield where, "takes something from a cache into a release, and any other job can write there"
     if run:
@@ -136,7 +136,6 @@ def rendered(overlay:Path)->list[dict]: # objects; what these overlays use of ku
             o["metadata"].setdefault("labels", {}).update(pairs)
             spec = o.get("spec", {})
             if o["kind"] in ("Deployment", "PodDisruptionBudget"): spec.setdefault("selector", {}).setdefault("matchLabels", {}).update(pairs)
-            if o["kind"]=="NetworkPolicy": spec["podSelector"].setdefault("matchLabels", {}).update(pairs)
             if o["kind"]=="Service": spec.setdefault("selector", {}).update(pairs)
             if o["kind"]=="Deployment": spec["template"]["metadata"].setdefault("labels", {}).update(pairs)
     for r in k.get("replicas", []): next(o for o in out if o["kind"]=="Deployment" and o["metadata"]["name"]==r["name"])["spec"]["replicas"] = r["count"]
@@ -169,25 +168,29 @@ def pod(where, spec)->Found:
             if not good: yield where, f"{c['name']} needs {what}"
 
 
+def overlays(root)->Iterator[tuple[str, list[dict]]]:
+    for o in sorted((root/"docker/k8s/overlays").iterdir()): yield f"overlay {o.name}", rendered(o)
+
+
 def cluster(root)->Found:
-    import kubernetes_validate as k
-    for overlay in sorted((root/"docker/k8s/overlays").iterdir()):
-        try: objects = rendered(overlay)
-        except (ValueError, KeyError, StopIteration, OSError, yaml.YAMLError) as e:
-            yield overlay.name, f"cannot be put together: {e!r}"
-            continue
-        kinds = {o["kind"] for o in objects}
+    for where, objects in overlays(root):
         for o in objects:
-            where = f"overlay {overlay.name}, {o['kind']}"
-            try: k.validate(o, k.latest_version(), strict=True)
-            except Exception as e: yield where, " ".join(str(e).split())[:200]
             if o["kind"]=="Deployment":
                 yield from pod(where, o["spec"]["template"]["spec"])
                 roll = o["spec"].get("strategy", {})
                 if roll.get("type")!="RollingUpdate" or roll.get("rollingUpdate", {}).get("maxUnavailable")!=0: yield where, "takes pods away before new ones answer; set maxUnavailable: 0"
-            if o["kind"]=="Secret": yield where, "is a secret in git"
-            if o["kind"]=="Namespace" and o["metadata"].get("labels", {}).get("pod-security.kubernetes.io/enforce")!="restricted": yield where, "does not enforce `restricted`"
-        if missing := {"Namespace", "Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"}-kinds: yield f"overlay {overlay.name}", f"has no {', '.join(sorted(missing))}"
+            if o["kind"]=="Secret": yield where, "holds a secret, and so does git"
+            if o["kind"]=="Namespace" and o["metadata"].get("labels", {}).get("pod-security.kubernetes.io/enforce")!="restricted": yield where, "has a namespace that does not enforce `restricted`"
+        if missing := {"Namespace", "Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"}-{o["kind"] for o in objects}: yield where, f"has no {', '.join(sorted(missing))}"
+
+
+def schemas(root)->Found:
+    "Each object against the schema of Kubernetes that comes with kubernetes-validate; unknown fields are refused."
+    import kubernetes_validate as k
+    for where, objects in overlays(root):
+        for o in objects:
+            try: k.validate(o, k.latest_version(), strict=True)
+            except (k.ValidationError, k.SchemaNotFoundError, k.InvalidSchemaError) as e: yield f"{where}, {o['kind']}", " ".join(str(e).split())[:200]
 
 
 def name_of(s): return re.sub(r"[-_.]+", "-", s).lower()
@@ -227,7 +230,7 @@ def linters(root)->Found:
     try: found = json.loads(r.stdout)
     except ValueError: yield "zizmor", (r.stderr or r.stdout).strip()[-300:]
     else:
-        for f in found: yield Path(f["locations"][0]["symbolic"]["key"]["Local"]["given_path"]).name, f"{f['ident']}: {f['desc']}"
+        for f in found: yield "zizmor", f"{f['ident']}: {f['desc']} {f['url']}"
     r = subprocess.run([BIN/"hadolint", "--no-color", *sorted(root.glob("docker/*.Dockerfile"))], capture_output=True, text=True)
     yield from (("hadolint", s.replace(f"{root}/", "")) for s in (r.stdout+r.stderr).splitlines())
     files = sorted([*root.glob("docker/*.sh"), *root.glob("tools/*.sh")])
@@ -240,7 +243,7 @@ def parts(root:Path=ROOT)->dict[str, Callable[[], Found]]: # what is looked at -
     out = {p.name: partial(workflow, p) for p in sorted((root/".github/workflows").glob("*.y*ml"))}
     out |= {p.name: partial(dockerfile, p) for p in sorted(root.glob("docker/*Dockerfile"))}
     out |= {p.name: partial(compose, p) for p in sorted(root.glob("docker/compose*.y*ml"))}
-    return out|{f.__name__: partial(f, root) for f in (run_lines, scripts, locks, cluster, linters)}
+    return out|{f.__name__: partial(f, root) for f in (run_lines, scripts, locks, cluster, schemas, linters)}
 
 
 def main(root:Path=ROOT):
