@@ -70,6 +70,7 @@ FAULTS = dict( # name -> file, what to replace (a pattern, once), by what, which
     gap_in_the_roll=(POD, "maxUnavailable: 0", "maxUnavailable: 1", "cluster", "before new ones answer"),
     open_namespace=(DEV+"/namespace.yaml", "enforce: restricted", "enforce: baseline", "cluster", "does not enforce"),
     no_budget=("docker/k8s/base/kustomization.yaml", " disruption.yaml,", "", "cluster", "has no PodDisruptionBudget"),
+    budget_of_nothing=("docker/k8s/base/disruption.yaml", "  selector: .*\n", "", "cluster", "selects no pod"),
     unknown_field=(POD, "periodSeconds: 10", "periodSecond: 10", "schemas", "periodSecond"))
 
 

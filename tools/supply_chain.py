@@ -135,7 +135,7 @@ def rendered(overlay:Path)->list[dict]: # objects; what these overlays use of ku
             pairs = label["pairs"]
             o["metadata"].setdefault("labels", {}).update(pairs)
             spec = o.get("spec", {})
-            if o["kind"] in ("Deployment", "PodDisruptionBudget"): spec.setdefault("selector", {}).setdefault("matchLabels", {}).update(pairs)
+            if o["kind"]=="Deployment": spec.setdefault("selector", {}).setdefault("matchLabels", {}).update(pairs)
             if o["kind"]=="Service": spec.setdefault("selector", {}).update(pairs)
             if o["kind"]=="Deployment": spec["template"]["metadata"].setdefault("labels", {}).update(pairs)
     for r in k.get("replicas", []): next(o for o in out if o["kind"]=="Deployment" and o["metadata"]["name"]==r["name"])["spec"]["replicas"] = r["count"]
@@ -174,7 +174,11 @@ def overlays(root)->Iterator[tuple[str, list[dict]]]:
 
 def cluster(root)->Found:
     for where, objects in overlays(root):
+        of_pods = [set(o["spec"]["template"]["metadata"]["labels"].items()) for o in objects if o["kind"]=="Deployment"]
         for o in objects:
+            if o["kind"] in ("Service", "PodDisruptionBudget"):
+                chosen = o["spec"].get("selector") or {}
+                if not (want := set(chosen.get("matchLabels", chosen).items())) or not all(want<=labels for labels in of_pods): yield where, f"has a {o['kind']} that selects no pod of ours"
             if o["kind"]=="Deployment":
                 yield from pod(where, o["spec"]["template"]["spec"])
                 roll = o["spec"].get("strategy", {})
