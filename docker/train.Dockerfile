@@ -5,6 +5,8 @@
 # The digest is the one that several public repositories pin for this tag: verify in CI (docker buildx imagetools inspect).
 FROM python:3.11-slim-bookworm@sha256:b18992999dbe963a45a8a4da40ac2b1975be1a776d939d098c647482bcad5cba
 # A run writes the commit it was made at into its receipt; the folder of the repository may belong to somebody else.
+# Debian keeps no older versions of a package, so a pinned one would be gone at the next update of the release.
+# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends git \
  && rm -rf /var/lib/apt/lists/* \

@@ -36,9 +36,9 @@ def plate(h=150, w=200, holes=(), seed=0):
 
 
 @contextmanager
-def process(*words, drain=.2, env=(), wait=True):
+def process(*words, drain=.2, env=(), wait=True, command=(sys.executable, "-c", SERVE)):
     "`defect-detect serve` as a process; yields it, its URL, and the list that its log lines go into."
-    cmd = [sys.executable, "-c", SERVE, "serve", *map(str, words), *([] if "--port" in words else ["--port", "0"]), *([] if "--threads" in words else ["--threads", "1"]), "-p", f"drain_seconds={drain}"]
+    cmd = [*command, "serve", *map(str, words), *([] if "--port" in words else ["--port", "0"]), *([] if "--threads" in words else ["--threads", "1"]), "-p", f"drain_seconds={drain}"]
     p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**ENV, **dict(env)}, cwd="/")
     log = []
     reader = threading.Thread(target=lambda: log.extend(iter(p.stderr.readline, "")), daemon=True)

@@ -44,10 +44,10 @@ def cpu_lock(lock:str, # text of lock.txt
     return "".join(out[k] for k in sorted(out))
 
 
-def compile_lock(target:str, *extras:str):
-    "Resolve for Python 3.11 to 3.13, Linux and macOS."
+def compile_lock(target:str, *extras:str, upgrade:bool=False):
+    "Resolve for Python 3.11 to 3.13, Linux and macOS; what the lock has stays, unless it is to be upgraded."
     cmd = [Path(sys.executable).parent/"uv", "pip", "compile", "setup.py", "-c", "constraints.txt", "--universal", "--python-version", "3.11", "--generate-hashes", "--refresh", "--no-header", "--no-annotate", "-q", "-o", target]
-    subprocess.run([*cmd, *(w for e in extras for w in ("--extra", e))], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*cmd, *(w for e in extras for w in ("--extra", e)), *(["--upgrade"] if upgrade else [])], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def write_cpu(index:str):
@@ -56,11 +56,12 @@ def write_cpu(index:str):
 
 
 def main(*words:str):
-    "`[--cpu] [INDEX]`; with --cpu only lock-cpu.txt, for which the standard library is enough."
+    "`[--cpu] [--upgrade] [INDEX]`; with --cpu only lock-cpu.txt, for which the standard library is enough; --upgrade: to the newest that constraints.txt allows."
+    if odd := [w for w in words if w.startswith("-") and w not in ("--cpu", "--upgrade")]: raise SystemExit(f"error: {odd[0]}; allowed: --cpu, --upgrade and the address of an index")
     only, index = "--cpu" in words, next((w for w in words if not w.startswith("-")), "")
     if not only:
-        compile_lock("lock.txt", "serve", "openvino", "learn", "dev")
-        compile_lock("docker/serve.lock", "serve")
+        compile_lock("lock.txt", "serve", "openvino", "learn", "dev", upgrade="--upgrade" in words)
+        compile_lock("docker/serve.lock", "serve", upgrade="--upgrade" in words)
     if index: write_cpu(index)
     elif only: raise SystemExit("error: TORCH=cpu needs INDEX=<url>: the package index that has the CPU builds of torch")
     else: print("lock-cpu.txt was left alone; to renew it: make lock INDEX=<url of the index with the CPU builds>")

@@ -91,6 +91,12 @@ def style():
         yield d, out[-2500:] if code else ""
 
 
+def supply():
+    "What builds and ships this is pinned, asks for little, and runs nobody else's code."
+    from supply_chain import parts
+    for name, part in parts().items(): yield name, "; ".join(": ".join(f) for f in part())
+
+
 def library():
     "Every library notebook runs from top to bottom."
     want = sorted(p.name for p in (ROOT/"nbs").glob("[0-9]*.ipynb"))
@@ -140,7 +146,7 @@ def clean_tree():
     yield "git status", out if code or out.strip() else ""
 
 
-STAGES = dict(drift=drift, readme=readme, stages=stages, imports=imports, style=style, library=library, tutorials=tutorials, pipeline=pipeline, pytest=pytests)
+STAGES = dict(drift=drift, readme=readme, stages=stages, imports=imports, style=style, supply=supply, library=library, tutorials=tutorials, pipeline=pipeline, pytest=pytests)
 
 
 def begin_note()->str:
