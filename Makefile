@@ -14,7 +14,7 @@ export DVC_NO_ANALYTICS = 1
 export ORT_DISABLE_TELEMETRY = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := help
-.PHONY: help run folds install test test-nightly prepare hooks serve lab lock clean
+.PHONY: help run folds install test test-nightly rehearse prepare hooks serve lab lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -42,6 +42,9 @@ test: install ## every test, with counts
 
 test-nightly: install ## the long tests; PART=2/4 is the second of four parts
 	@$(BIN)/python -m pytest -q -p no:cacheprovider --color=no --durations=10 --nightly "$(PART)" tests
+
+rehearse: install ## the way from a changed parameter to production and back, played in a temporary repository
+	@$(BIN)/defect-detect release rehearse $(ARGS)
 
 prepare: install ## before a commit: clean, export, README, tests of what changed
 	@$(BIN)/python tools/prepare.py

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['release_group', 'release_register', 'release_promote', 'release_rollback', 'release_check', 'release_show',
-           'release_history', 'release_prove', 'release_evidence', 'release_image', 'release_bundle', 'release_report']
+           'release_history', 'release_prove', 'release_evidence', 'release_image', 'release_bundle', 'release_report',
+           'release_rehearse']
 
 # %% ../../nbs/98_cli.release.ipynb #af05ad6f
 import json
@@ -206,3 +207,14 @@ def release_report(a:Annotated[str, typer.Argument(metavar="A", help="a run, a r
     r = make_report(None if a=="-" else a, b, _root(), draws, links)
     paths = write_report(r, out)
     print(json.dumps(dict(title=r.title, failed=r.failed, markdown=str(paths[0]), html=str(paths[1]), **dict(report=r.data))) if json_ else f"{r.title}\n{paths[0]}, {paths[1].name}")
+
+# %% ../../nbs/98_cli.release.ipynb #c3e97b14
+@release_group.command("rehearse", epilog="Example: defect-detect release rehearse --in /tmp/rehearsal")
+def release_rehearse(place:Annotated[Path|None, typer.Option("--in", metavar="FOLDER", help="to play in; must not exist. None: a temporary one, which stays")]=None, json_:Json=False):
+    "Play it all in a repository of its own: a change, its report, a red gate and a green one, dev, prod, a service that takes the new bundle under load, and back. Minutes; exit 1 at the first step that does not give what it must."
+    import time
+    from dataclasses import asdict
+    from defect_detect.release.rehearsal import rehearse
+    began = time.monotonic()
+    steps = rehearse(_root(), place, lambda s: print(s, file=sys.stderr if json_ else sys.stdout, flush=True))
+    print(json.dumps([asdict(s) for s in steps]) if json_ else f"\n{len(steps)} steps, each gave what it must; {time.monotonic()-began:.0f} s")
