@@ -113,7 +113,7 @@ def tutorials():
         cfg["decimals"] = dict(regex=r"(\d+\.\d\d)\d+", replace=r"\1")
         cfg.write(f)
         f.flush()
-        code, out = sh(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-sanitize-with", f.name, "nbs/tutorials", "--color=no")
+        code, out = sh(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-sanitize-with", f.name, "-n", "2", "--dist", "loadfile", "nbs/tutorials", "--color=no")
     n = re.search(r"(\d+) passed", out)
     for i in range(int(n[1]) if n else 0): yield f"cell {i+1}", ""
     if code not in (0, 5): yield "nbval", out[-6000:]
