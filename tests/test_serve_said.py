@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from defect_detect.core.bundle import BundleCard, OperatingPoint, example_bundle, example_model, write_bundle
+from defect_detect.core.bundle import BundleCard, Calibration, OperatingPoint, example_model, write_bundle
 from defect_detect.core.image import InputSpec
 from defect_detect.serve import api
 from defect_detect.serve.api import background, create_app
@@ -24,7 +24,12 @@ PLATE[60:72, 100:112] = 30
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory): return example_bundle(tmp_path_factory.mktemp("said")/"bundle")
+def bundle(tmp_path_factory):
+    "The example's network, with a map from scores to chances, which the example answer shows."
+    spec = InputSpec(height=128, width=128)
+    chances = Calibration(slope=.6, shift=-.1, share=.5, pictures=100, parts=20)
+    card = BundleCard(name="example-spot", classes=("background", "spot"), input=spec, operating_point=OperatingPoint(score_pixels=8, calibration=chances))
+    return write_bundle(tmp_path_factory.mktemp("said")/"bundle", card, example_model(spec))
 
 
 @pytest.fixture(scope="module")

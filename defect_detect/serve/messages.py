@@ -118,7 +118,7 @@ class Rle(_Message):
 
 # %% ../../nbs/60_serve.messages.ipynb #40c036d0
 _REGION = {"class": "spot", "score": 0.8992, "box": [100, 59, 113, 72], "area": 163, "share": 0.0054, "contour": None}
-EXAMPLE = dict(verdict="defect", score=0.997, probability=0.968, novelty=None, regions=[_REGION], regions_total=1, width=200, height=150, mask=None, rle=None,
+EXAMPLE = dict(verdict="defect", score=0.997, probability=0.967, novelty=None, regions=[_REGION], regions_total=1, width=200, height=150, mask=None, rle=None,
     model=dict(name="example-spot", version="0123456789ab"), request_id="c0ffee", timing=dict(waiting=0.1, decoding=1.2, predicting=9.8, together=1))
 
 
