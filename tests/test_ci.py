@@ -41,7 +41,7 @@ def typed(p, ci:str, night:bool):
     if not night:
         (p/".venv").symlink_to(Path(sys.executable).parents[1])
         (p/".git/info/exclude").write_text(".venv\n") # .gitignore names the folder; this is a link
-    env = {**ENV, **({} if night else {"PYTHONPATH": str(p)})}
+    env = {**ENV, "HOME": str(p.parent), "GIT_CONFIG_NOSYSTEM": "1", **({} if night else {"PYTHONPATH": str(p)})} # a runner's git knows nobody
     for _, command in lines(ci):
         if not night and any(k in command for k in BY_NIGHT): continue
         if "git bundle" in command: # what `.ci/run` with --note has left, of the smallest stage

@@ -57,9 +57,16 @@ def read_notes(root:str|Path, kind:str, # tests, replays, images
     return sorted(out, key=lambda e: e.get("when", ""))
 
 
+def _author(root):
+    "Words for git: none where it knows who works here, otherwise a name for the machine, which need not be a person to say what it counted."
+    try: git(root, "var", "GIT_COMMITTER_IDENT")
+    except RunError: return ("-c", "user.name=defect-detect", "-c", "user.email=defect-detect@localhost")
+    return ()
+
+
 def keep_note(root:str|Path, kind:str, key:str, entry:Mapping[str, Any]):
     "Note something in the clone."
-    git(root, "notes", f"--ref={kind}", "append", "-m", json.dumps(entry), key)
+    git(root, *_author(root), "notes", f"--ref={kind}", "append", "-m", json.dumps(entry), key)
 
 
 def push_note(root:str|Path, kind:str, key:str, entry:Mapping[str, Any], remote:str="origin"):
@@ -73,7 +80,7 @@ def push_note(root:str|Path, kind:str, key:str, entry:Mapping[str, Any], remote:
         if entry in _entries(had): return
         notes[key] = git(root, "hash-object", "-w", "--stdin", stdin=had+json.dumps(entry)+"\n").strip()
         tree = git(root, "mktree", stdin="".join(f"100644 blob {b}\t{k}\n" for k, b in sorted(notes.items()))).strip()
-        new = git(root, "commit-tree", *(["-p", tip] if tip else []), "-m", f"{kind}: {key[:12]}", tree).strip()
+        new = git(root, *_author(root), "commit-tree", *(["-p", tip] if tip else []), "-m", f"{kind}: {key[:12]}", tree).strip()
         try: return git(root, "push", "--quiet", "--no-verify", url, f"{new}:{ref}")
         except RunError as e: why = e # not a step on from what is there: somebody was faster
     raise ReleaseError(f"the note could not be pushed: {why}")
