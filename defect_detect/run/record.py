@@ -64,7 +64,7 @@ _HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT
 def git_bytes(cwd:str|Path, *words:str, stdin:bytes=b"")->bytes: # what it printed
     "Run git, uninfluenced by variables of a hook that may have called us; raise `RunError` with its last line when it fails."
     r = subprocess.run(["git", *words], cwd=cwd, input=stdin, capture_output=True, env={k: v for k, v in os.environ.items() if k not in _HOOK} | dict(LC_ALL="C"))
-    if r.returncode: raise RunError(f"git {next((w for w in words if w[0].islower()), '')}: {(r.stderr.decode(errors='replace').strip().splitlines() or ['it failed'])[-1]}")
+    if r.returncode: raise RunError(f"git {next((w for w in words if w[0].islower() and '=' not in w), '')}: {(r.stderr.decode(errors='replace').strip().splitlines() or ['it failed'])[-1]}")
     return r.stdout
 
 
