@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from defect_detect.core.predictor import Predictor
-from defect_detect.learn.train import load_model
+from defect_detect.learn.model import load_model
 
 
 def timed(f)->float: # ms

@@ -19,9 +19,9 @@ from defect_detect.data.read import classes_of, load_image, load_mask, read_data
 from defect_detect.judge.operating import choose, look
 from defect_detect.learn.export import quantise, to_onnx, training_batches
 from defect_detect.learn.loaders import make_loaders
-from defect_detect.learn.model import make_model
+from defect_detect.learn.model import make_model, save_model
 from defect_detect.learn.parity import PAIRS, Seen, TorchEngine, engines_of, parity, settle
-from defect_detect.learn.train import make_deterministic, save_model, train
+from defect_detect.learn.train import make_deterministic, train
 
 ROOT, N, FP32, DROP, BAND = Path(__file__).resolve().parents[1], 500, 1e-4, .005, .02
 

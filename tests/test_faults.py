@@ -161,13 +161,19 @@ def gone_soon(processes, seconds=15):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, pictures):
-    "The receipt of a run that nobody stops."
-    to = copy_project(tmp_path_factory.mktemp("undisturbed")/"project")
+def whole(tmp_path_factory, pictures):
+    "A project with a run that nobody stopped."
+    to = copy_project(tmp_path_factory.mktemp("whole")/"project")
     rc, out, err = call("run", "pipeline", "x", "--data", pictures, *QUICK, cwd=to)
     assert rc==0, out+err
     assert (to/"runs/x/index.html").exists()
-    return (to/"runs/x/dvc.lock").read_bytes()
+    return to
+
+
+@pytest.fixture(scope="module")
+def undisturbed(whole):
+    "Its receipt of all stages."
+    return (whole/"runs/x/dvc.lock").read_bytes()
 
 
 @pytest.mark.scaled
@@ -203,16 +209,12 @@ def test_stopped_in_every_stage(project, pictures, undisturbed, many):
 
 
 @pytest.mark.parametrize("half", ["rwlock", "dvc.lock", "dvc.lock in a word"])
-def test_what_a_killed_dvc_leaves_half(project, pictures, undisturbed, half):
+def test_what_a_killed_dvc_leaves_half(whole, pictures, undisturbed, half):
     "DVC writes its lock files in place: one cut by a kill is no obstacle, and the end is the same."
-    run, words = project/"runs/x", ["run", "pipeline", "x", "--data", pictures, *QUICK]
-    rc, out, err = call(*words, cwd=project)
-    assert rc==0, out+err
+    run, text = whole/"runs/x", undisturbed.decode()
     if half=="rwlock": (run/".dvc/tmp/rwlock").write_text("")
-    else:
-        whole = (run/"dvc.lock").read_text()
-        (run/"dvc.lock").write_text(whole[:whole.index("\n  train:")+8] if half=="dvc.lock" else whole[:len(whole)//2]+"\n- ]")
-    rc, out, err = call(*words, cwd=project)
+    else: (run/"dvc.lock").write_text(text[:text.index("\n  train:")+8] if half=="dvc.lock" else text[:len(text)//2]+"\n- ]")
+    rc, out, err = call("run", "pipeline", "x", "--data", pictures, *QUICK, cwd=whole)
     assert rc==0, out+err
     assert (run/"dvc.lock").read_bytes()==undisturbed
 
@@ -243,20 +245,20 @@ def small_disk(size):
         hold.communicate()
 
 
-@pytest.mark.scaled
+@pytest.mark.nightly
 @linux
-def test_a_disk_that_fills_anywhere(project, pictures, undisturbed, many):
+def test_a_disk_that_fills_anywhere(project, pictures, undisturbed):
     "The disk grows a little after each failure: every call ends with one line about space and the next one goes on, to the same end."
     used = sum(p.stat().st_size+4096 for p in project.rglob("*"))//1024+200
     with small_disk(used) as (disk, enter, resize):
         shutil.copytree(project, disk/"project")
-        failed, step, faster = [], 128, many(6, 3)
+        failed, step = [], 128
         for _ in range(9):
             rc, out, err = call("run", "pipeline", "x", "--data", pictures, *QUICK, cwd="/", before=[*enter[:-1], "/mnt/project"])
             if rc==0: break
             failed.append(err)
             one_line((rc, out, err), 1, "(?i)no space left|disk")
-            used, step = used+step, step*faster
+            used, step = used+step, step*3
             resize(used)
         assert rc==0, err
         assert len(failed)>=3 and (disk/"project/runs/x/dvc.lock").read_bytes()==undisturbed

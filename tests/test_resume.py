@@ -31,8 +31,8 @@ from defect_detect.data.read import classes_of
 from defect_detect.data.split import read_split
 from defect_detect.learn import checkpoint
 from defect_detect.learn.loaders import make_loaders
-from defect_detect.learn.model import make_model
-from defect_detect.learn.train import Checkpoints, history, make_deterministic, save_model, train
+from defect_detect.learn.model import make_model, save_model
+from defect_detect.learn.train import Checkpoints, history, make_deterministic, train
 
 home, rounds, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 data, table = small_set(home)

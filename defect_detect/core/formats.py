@@ -196,7 +196,7 @@ def read_jpeg(data:bytes, limits:Limits)->Content:
         if needed and not scans: head.append(b"\xff"+bytes([mark])+struct.pack(">H", len(body)+2)+body)
         if mark==0xda:
             start, scans = start or at, scans+1
-            if scans>100: raise broken("JPEG", "more than 100 scans")
+            if scans>50: raise broken("JPEG", "more than 50 scans") # encoders write about 10; each is a pass over the whole picture
         end = at+2
     if not size or not start: raise broken("JPEG", "it has no picture")
     file = b"".join(head)+data[start:end]

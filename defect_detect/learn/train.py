@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['make_deterministic', 'DefectIoU', 'PictureAUROC', 'PlainProgress', 'Average', 'Checkpoints', 'Curves', 'train',
-           'history', 'save_model', 'load_model']
+           'history']
 
 # %% ../../nbs/22_learn.train.ipynb #e40b4729
-import json
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from torch import nn
 from ..core.metrics import auroc, confusion, iou
 from ..core.predictor import picture_score
 from .checkpoint import find_start, put_back, take, write_checkpoint
-from .model import DefectLoss, make_model
+from .model import DefectLoss
 
 # %% ../../nbs/22_learn.train.ipynb #31de3176
 def make_deterministic(seed:int=0, # of python, numpy and torch
@@ -192,23 +191,3 @@ def history(learn:Learner)->pd.DataFrame: # one row an epoch
     "Losses and metrics of every epoch."
     names = learn.recorder.metric_names[1:-1]
     return pd.DataFrame([dict(epoch=i+1, **{n: round(float(x), 6) for n, x in zip(names, v)}) for i, v in enumerate(learn.recorder.values)])
-
-
-def save_model(net:nn.Module, folder:str|Path, history:pd.DataFrame|None=None, **about)->Path: # `folder`
-    "Write weights.safetensors, history.csv and model.json (`about`) into `folder`."
-    from safetensors.torch import save_file
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, folder/"weights.safetensors")
-    if history is not None: history.to_csv(folder/"history.csv", index=False, lineterminator="\n")
-    (folder/"model.json").write_text(json.dumps(about, indent=1, sort_keys=True)+"\n")
-    return folder
-
-
-def load_model(folder:str|Path)->tuple[nn.Module, dict]: # the network with its weights; what `model.json` says
-    "Rebuild what `save_model` wrote; nothing is unpickled."
-    from safetensors.torch import load_file
-    about = json.loads((Path(folder)/"model.json").read_text())
-    net = make_model(len(about["classes"]), "none", about["decoder"])
-    net.load_state_dict(load_file(Path(folder)/"weights.safetensors"))
-    return net, about

@@ -52,7 +52,7 @@ def _code(root):
 
 def _predictor(train):
     from defect_detect.learn.export import to_onnx # torch
-    from defect_detect.learn.train import load_model
+    from defect_detect.learn.model import load_model
     net, about = load_model(train)
     spec = InputSpec(**about["input"])
     card = BundleCard(name="fold", classes=tuple(about["classes"]), input=spec, operating_point=OperatingPoint(score_pixels=about["score_pixels"]))
