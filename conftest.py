@@ -1,6 +1,6 @@
 """Two levels of tests, and saved outputs that are compared.
 
-Tests marked `nightly` run only with `--nightly i/n`, as part i of n; those marked `scaled` run by day and, with more rounds, at night.
+Tests marked `nightly` run only with `--nightly i/n`, as part i of n; those that ask for `many` run by day and, with more rounds, at night.
 """
 import pytest
 
@@ -10,7 +10,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    for text in ("nightly: too long for every push; run with --nightly i/n", "scaled: has more rounds with --nightly i/n"): config.addinivalue_line("markers", text)
+    config.addinivalue_line("markers", "nightly: too long for every push; run with --nightly i/n")
     part(config.getoption("--nightly"))
 
 
@@ -34,10 +34,10 @@ def pytest_collection_modifyitems(config, items):
         cell = getattr(item, "cell", None)
         if cell is not None and cell.get("outputs") and not cell.get("execution_count"): cell["execution_count"] = 1
     night = part(config.getoption("--nightly"))
-    def is_(item, *names): return any(item.get_closest_marker(n) for n in names)
+    def marked(item): return item.get_closest_marker("nightly") is not None
     if night:
-        mine = sorted((i for i in items if is_(i, "nightly", "scaled")), key=lambda i: i.nodeid)[night[0]-1::night[1]] # the same for everybody who has these tests
+        mine = sorted((i for i in items if marked(i) or "many" in getattr(i, "fixturenames", ())), key=lambda i: i.nodeid)[night[0]-1::night[1]] # the same for everybody who has these tests
         chosen = [i for i in items if i in set(mine)]
-    else: chosen = [i for i in items if not is_(i, "nightly")]
+    else: chosen = [i for i in items if not marked(i)]
     if len(chosen)<len(items): config.hook.pytest_deselected(items=[i for i in items if i not in set(chosen)])
     items[:] = chosen

@@ -53,7 +53,6 @@ def typed(p, ci:str, night:bool):
         if r.returncode: return command, (r.stdout+r.stderr)[-2000:]
 
 
-@pytest.mark.scaled
 def test_ci_lines(tmp_path, many):
     ci = (ROOT/".github/workflows/ci.yml").read_text()
     assert len(lines(ci))>=8 and {j for j, _ in lines(ci)}=={"quick", "test", "evidence"}

@@ -176,7 +176,6 @@ def undisturbed(whole):
     return (whole/"runs/x/dvc.lock").read_bytes()
 
 
-@pytest.mark.scaled
 def test_stopped_in_every_stage(project, pictures, undisturbed, many):
     "kill -9 of the command, Ctrl-C from a terminal: nobody is left, no stage counts as done, the next call goes on, the end is the same."
     run, words = project/"runs/x", [TOOL, "run", "pipeline", "x", "--data", pictures, *QUICK]

@@ -75,7 +75,6 @@ def settled(at, far, daemon, action, one, old):
     return bool(new)
 
 
-@pytest.mark.scaled
 @pytest.mark.parametrize("action", ["promote", "rollback"])
 def test_promote_kill_sweep(tmp_path, action, many):
     "Killed at every system call of git that matters, and at random times: old or new, never between."
@@ -104,7 +103,6 @@ def test_promote_kill_sweep(tmp_path, action, many):
         assert seen["old"] and seen["stopped"]
 
 
-@pytest.mark.scaled
 def test_promoter_race(tmp_path, many):
     "Eight promoters, some of whom die: each counter has one winner, whose gate was asked about the one before."
     with served(tmp_path, 8) as (far, url, daemon):

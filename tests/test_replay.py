@@ -76,7 +76,6 @@ def test_push_and_fetch(project):
     shutil.rmtree(project/"runs/.cache")
 
 
-@pytest.mark.scaled
 def test_replay(project, many):
     "Rebuilt at the tag, or where the record only lies, with the code of its run: every byte, every time."
     for i in range(n := many(1, 10)):

@@ -96,7 +96,6 @@ def trained(tmp_path, rounds, seed):
     return json.loads(r.stdout.splitlines()[-1])
 
 
-@pytest.mark.scaled
 def test_killed_at_any_moment_it_ends_in_the_same_bytes(tmp_path, many):
     "50 random kills by night; a kill that came after the end says so by itself."
     n = many(2, 50)

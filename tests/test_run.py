@@ -165,7 +165,6 @@ def begin_training(folder, env, *words):
 def results(folder): return {f.name: sha256(f.read_bytes()) for f in sorted((folder/"train").iterdir())}
 
 
-@pytest.mark.scaled
 def test_training_gives_the_same_bytes(tmp_path, many):
     "Two by day, five by night, two notebooks at a time, each in other surroundings; another seed (the planted fault) gives others."
     n, got = many(2, 5), []

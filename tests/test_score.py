@@ -62,7 +62,6 @@ def killed_until_done(place, out, fault, rng, most):
         kills += 1
 
 
-@pytest.mark.scaled
 def test_killed_at_random_moments(place, tmp_path, many):
     rng, kills = random.Random(0), 0
     for i in range(many(1, 12)):

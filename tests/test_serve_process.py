@@ -83,7 +83,6 @@ def _status(url):
     except httpx.TransportError: return 0
 
 
-@pytest.mark.scaled
 @pytest.mark.parametrize("workers", [1, 2])
 def test_graceful_stop(bundle, workers, many):
     rounds = [stopped([bundle, "--workers", workers], after=.05*i) for i in range(many(2, 50))]
@@ -171,7 +170,6 @@ def killed(bundle, rounds, workers=2):
     return dict(died=len(died), odd=odd, ended=sum(o[3] != 200 for o in load.seen), slowest=max(o[2] for o in load.seen), gap=max(b-a for a, b in zip(good, good[1:])))
 
 
-@pytest.mark.scaled
 def test_worker_kill(bundle, many):
     n = many(2, 50)
     r = killed(bundle, n)
@@ -228,7 +226,6 @@ def swapped(folder, rounds, bad_every=5, workers=1):
     return dict(fates=load.fates(), wrong=wrong, refused=refused, counted=n, taken=taken, versions={o[4] for o in load.seen if o[3] == 200})
 
 
-@pytest.mark.scaled
 def test_hot_swap(tmp_path, many):
     (tmp_path/"watched").mkdir()
     r = swapped(tmp_path/"watched", many(4, 50), many(3, 5))
