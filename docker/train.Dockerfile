@@ -14,7 +14,7 @@ RUN apt-get update \
 COPY lock.txt /tmp/lock.txt
 # Every package has its hash in the lock, so nothing is resolved here.
 RUN python -m venv /venv \
- && /venv/bin/pip install --no-cache-dir --require-hashes -r /tmp/lock.txt
+ && /venv/bin/pip install --no-cache-dir --no-deps --require-hashes -r /tmp/lock.txt
 COPY settings.ini setup.py README.md LICENSE /src/
 COPY defect_detect /src/defect_detect
 RUN /venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation /src

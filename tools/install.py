@@ -29,7 +29,7 @@ def main(lock:str, index:str=""):
     shutil.rmtree(".venv", ignore_errors=True)
     venv.create(".venv", with_pip=True)
     Path(".venv/.gitignore").write_text("*\n")
-    pip("install", "--require-hashes", "-r", lock, *(["--extra-index-url", index] if index else []))
+    pip("install", "--no-deps", "--require-hashes", "-r", lock, *(["--extra-index-url", index] if index else [])) # the lock is whole; pips of 2023 take an extra of a pinned package for another, unpinned one
     pip("install", "--no-deps", "--no-build-isolation", "-e", ".")
     pip("check")
 

@@ -98,7 +98,7 @@ def build_env(lock:str, # text of lock.txt
         say(f"building the environment of that lock, once: runs/.cache/env/{home.name}")
         venv.create(home, with_pip=True, symlinks=os.name!="nt")
         write_whole(home/"lock.txt", lock)
-        r = subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", "--require-hashes", "-r", home/"lock.txt"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        r = subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--require-hashes", "-r", home/"lock.txt"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if r.returncode: raise RunError(f"the environment of that lock could not be built: {next((s for s in reversed(r.stdout.splitlines()) if s.startswith('ERROR')), 'pip failed')}")
         tool = python.with_name("defect-detect") # the stages call it by name; what it imports is what PYTHONPATH says
         write_whole(tool, f"#!{python}\nfrom defect_detect.cli.base import main\nmain()\n")
