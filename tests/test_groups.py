@@ -110,13 +110,15 @@ def test_a_spoilt_cache_is_not_believed(drawn, tmp_path, how, monkeypatch):
 
 
 SCRIPT = """
-import sys
+import itertools, os, sys, time
 from defect_detect.data.groups import find_groups
 from defect_detect.data.read import read_data
 root, cache, out, seed = sys.argv[1:]
+count, wait_at = itertools.count(1), int(os.environ.get("WAIT_AT", 0))
 def bar(it):
     for i, x in enumerate(it):
         print(i, flush=True)
+        if next(count)==wait_at: time.sleep(60) # for the signal
         yield x
 t = read_data(root).sample(frac=1, random_state=int(seed))
 g, p = find_groups(root, t, cache=cache, bar=bar)
@@ -132,7 +134,7 @@ def test_stopped_anywhere_the_next_call_goes_on(drawn, tmp_path):
     "Killed or interrupted while preparing and while registering, with one cache; the last call gives what an undisturbed one gives."
     g, p = find_groups(drawn[0], drawn[1])
     for lines, how in ((20, signal.SIGKILL), (60, signal.SIGINT), (150, signal.SIGKILL), (300, signal.SIGINT), (330, signal.SIGKILL)):
-        r = run(drawn, tmp_path/"cache", tmp_path/"out")
+        r = run(drawn, tmp_path/"cache", tmp_path/"out", WAIT_AT=str(lines))
         for _ in range(lines): assert r.stdout.readline(), r.stderr.read()
         r.send_signal(how)
         start = time.monotonic()
