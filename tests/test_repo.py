@@ -1,6 +1,7 @@
 "Each check of the repository, with a fault planted that must turn it red."
 import http.server
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,17 @@ def test_an_unspoilt_copy_is_green(copy):
     for stage in ("drift", "readme", "stages", "imports", "style"):
         code, out = check(copy, stage)
         assert code==0, out[-2000:]
+
+
+@pytest.mark.parametrize("spoil,night", [("", ["long", "rounds"]), ('"many" in', ["long"])])
+def test_the_night_has_what_asks_for_many_rounds(tmp_path, spoil, night):
+    "By day all but the long ones, at night the long ones and those with more rounds; a rule that forgets `many` is seen."
+    text = (ROOT/"conftest.py").read_text()
+    assert spoil in text
+    (tmp_path/"conftest.py").write_text(text.replace(spoil, '"nobody" in') if spoil else text)
+    (tmp_path/"test_x.py").write_text("import pytest\n@pytest.mark.nightly\ndef test_long(): pass\ndef test_rounds(many): pass\ndef test_short(): pass\n")
+    def chosen(*words): return re.findall(r"::test_(\w+)", subprocess.run([sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120).stdout)
+    assert chosen("--nightly", "1/1")==night and chosen()==["rounds", "short"]
 
 
 def test_an_unknown_stage_is_one_line(): assert check(ROOT, "nosuch")[0]==2
