@@ -1,9 +1,11 @@
 "A set of pictures as a DVC output: stored, lost and brought back; the same pictures, the same hash; and what git sees of it."
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -11,6 +13,7 @@ import pytest
 import yaml
 
 from defect_detect.data.demo import write_synth
+from defect_detect.data.layouts import DataError
 from defect_detect.data.lists import add_to_list
 from defect_detect.data.read import read_data
 from defect_detect.data.version import dvc, read_version, write_version
@@ -108,12 +111,46 @@ def test_nobody_is_told(mine):
 
 
 def test_killed_half_way(mine):
-    "kill -9 at three moments of hashing: no version is written that is none, and the next call goes on."
-    want = write_version(mine)
-    for n in range(3):
+    "kill -9 at several moments, the last part of them while DVC works: no version is written that is none, and the next call goes on."
+    want, t0 = write_version(mine), time.monotonic()
+    subprocess.run([TOOL, "data", "version", mine], check=True, capture_output=True)
+    whole = time.monotonic()-t0
+    for part in (.5, .7, .8, .9):
         for p in (mine.parent/"mine.dvc", mine.parent/".dvc/cache"): shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
         p = subprocess.Popen([TOOL, "data", "version", mine], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        try: p.wait(.8+.5*n)
+        try: p.wait(part*whole)
         except subprocess.TimeoutExpired: os.killpg(p.pid, 9)
         p.communicate()
         assert read_version(mine) in (None, want) and write_version(mine)==want
+
+
+def held_by(mine, cmd):
+    "DVC's note of who works on `mine`: this process, which lives."
+    (mine.parent/".dvc/tmp/rwlock").write_text(json.dumps(dict(write={str(mine): dict(pid=os.getpid(), cmd=cmd)}, read={str(mine.parent): [dict(pid=os.getpid(), cmd=cmd)]})))
+
+
+def test_what_a_killed_one_held_is_let_go(mine):
+    "The killed one is not buried yet, or left half a note; another command of DVC is named."
+    want = write_version(mine)
+    held_by(mine, "-c add mine")
+    assert write_version(mine)==want
+    (mine.parent/".dvc/tmp/rwlock").write_text('{"read": {')
+    assert write_version(mine)==want
+    held_by(mine, "dvc gc -w")
+    with pytest.raises(DataError, match="is busy.*dvc gc -w"): write_version(mine)
+
+
+def test_the_file_is_replaced_whole(mine):
+    "Who has the old file open reads the old text to its end: it is never written in place, where a kill would leave half."
+    write_version(mine)
+    with open(mine.parent/"mine.dvc") as old:
+        next(mine.glob("MT_*/Imgs/*.png")).unlink()
+        v, text = write_version(mine), old.read()
+    assert v.hash not in text and v.hash in (mine.parent/"mine.dvc").read_text() and text.count("\n")==6
+
+
+def test_two_at_once(mine):
+    "They wait for each other and say the same."
+    both = [subprocess.Popen([TOOL, "data", "version", mine], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [(p.communicate(), p.returncode) for p in both]
+    assert said[0]==said[1] and said[0][1]==0

@@ -6,13 +6,16 @@
 __all__ = ['Version', 'dvc', 'read_version', 'write_version']
 
 # %% ../../nbs/1e_data.version.ipynb #b7d99c98
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+from filelock import FileLock
 
 from ..core.files import write_whole
 from .layouts import DataError
@@ -27,6 +30,8 @@ _CONFIG = """[core]
 [cache]
     type = reflink,copy
 """
+# DVC writes <folder>.dvc in place, and a kill in between leaves an empty one; written whole, the one before stays
+_DVC = "import sys; import dvc.dvcfile as f; from dvc.utils.serialize import dumps_yaml; from defect_detect.core.files import write_whole; f.dump_yaml = lambda path, d: write_whole(path, dumps_yaml(d)); from dvc.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 class Version(NamedTuple):
@@ -38,10 +43,10 @@ class Version(NamedTuple):
 def dvc(*words:str, # of its command line
         cwd:str|Path, # a folder in a DVC project
 )->str: # what it printed
-    "Run DVC, which reports to nobody; raise `DataError` with its last line when it fails."
-    r = subprocess.run([sys.executable, "-c", "import sys; from dvc.cli import main; sys.exit(main(sys.argv[1:]))", *words], cwd=cwd, capture_output=True, text=True, env={**os.environ, "DVC_NO_ANALYTICS": "1"})
-    said = [s for s in (r.stdout+r.stderr).splitlines() if s.startswith("ERROR: ")]
-    if r.returncode: raise DataError(f"dvc {words[0]}: {(said or [f'it ended with code {r.returncode}'])[-1].removeprefix('ERROR: ')}")
+    "Run DVC, which reports to nobody; raise `DataError` with what it said last when it fails."
+    r = subprocess.run([sys.executable, "-c", _DVC, *words], cwd=cwd, capture_output=True, text=True, env={**os.environ, "DVC_NO_ANALYTICS": "1"})
+    said = re.findall(r"^ERROR: (.*?)(?=\n\s*\n|\nERROR: |\Z)", r.stdout+r.stderr, re.M|re.S) or [f"it ended with code {r.returncode}"]
+    if r.returncode: raise DataError(f"dvc {words[0]}: {' '.join(said[-1].split())}")
     return r.stdout
 
 
@@ -56,12 +61,26 @@ def read_version(folder:str|Path, # of pictures
     except (yaml.YAMLError, KeyError, TypeError, ValueError): raise DataError(f"{path} is not what DVC writes; remove it, then write the version anew") from None
 
 
+def _forget_killed(project):
+    "Take away what a killed `dvc add` of ours still holds: DVC believes in whoever is dead and not buried yet. Only whoever holds the lock may."
+    path = project/".dvc/tmp/rwlock"
+    try: held = json.loads(path.read_text())
+    except FileNotFoundError: return
+    except ValueError: held = {} # half written
+    holders = [h["cmd"] for of in (held.get("read", {}), held.get("write", {})) for hs in of.values() for h in (hs if isinstance(hs, list) else [hs])]
+    if all(cmd.startswith("-c add ") for cmd in holders): path.unlink()
+
+
 def write_version(folder:str|Path, # of pictures
 )->Version:
     "Hash `folder`, keep a copy in DVC's cache and write `<folder>.dvc`; where there is no DVC project, the folder around becomes one."
     folder = Path(folder)
     if not folder.is_dir() or folder.is_symlink(): raise DataError(f"{folder} is not a folder; a version is of a folder of pictures")
     home = folder.resolve().parent
-    if not any((p/".dvc").is_dir() for p in (home, *home.parents)): write_whole(home/".dvc/config", _CONFIG)
-    dvc("add", "--quiet", folder.resolve().name, cwd=home)
+    project = next((p for p in (home, *home.parents) if (p/".dvc").is_dir()), home)
+    (project/".dvc/tmp").mkdir(parents=True, exist_ok=True)
+    with FileLock(project/".dvc/tmp/defect-detect.lock"):
+        if not (project/".dvc/config").exists(): write_whole(project/".dvc/config", _CONFIG)
+        _forget_killed(project)
+        dvc("add", folder.resolve().name, cwd=home)
     return read_version(folder.resolve())
