@@ -51,8 +51,9 @@ class Answer:
     request_id: str # names this request in the service's log
     raw: dict # the whole answer, as it came
     probability: float | None = None # that the picture is defective; None where the bundle was not calibrated
-    novelty: float | None = None # how unlike the training pictures; None where the bundle cannot say
+    novelty: float | None = None # how far from good pictures, from 0; what reaches 1 is not passed without a person. None where the bundle cannot say
     timing: dict[str, float] = field(default_factory=dict) # ms of each step in the service
+    decided_by: str = "score" # score | novelty: what the verdict comes from
 
 # %% ../nbs/99_client.ipynb #359df000
 def read_timing(text:str # of the header Server-Timing
@@ -69,7 +70,7 @@ def read_answer(d:dict, # the service's JSON
     regions = tuple(Region(r["class"], r["score"], tuple(r["box"]), r["area"], r["share"], outline(r)) for r in d["regions"])
     said = {k: float(v) for k, v in (d.get("timing") or {}).items() if k!="together"}
     return Answer(d["verdict"], d["score"], regions, d["width"], d["height"], base64.b64decode(d["mask"]) if d.get("mask") else None,
-                  f"{d['model']['name']}@{d['model']['version']}", d["request_id"], d, d.get("probability"), d.get("novelty"), timing or said)
+                  f"{d['model']['name']}@{d['model']['version']}", d["request_id"], d, d.get("probability"), d.get("novelty"), timing or said, d.get("decided_by", "score"))
 
 # %% ../nbs/99_client.ipynb #3ab396e5
 def read_problem(r:httpx.Response # with an error status

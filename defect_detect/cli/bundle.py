@@ -26,12 +26,12 @@ def _overlays(found, folder):
 
 def _answer(p, a):
     regions = [{"class": r.cls, "score": round(r.score, 4), "box": r.box, "area": r.area} for r in a.regions]
-    return dict(picture=str(p), verdict=a.verdict, score=round(a.score, 6), regions=regions, model=a.bundle)
+    return dict(picture=str(p), verdict=a.verdict, score=round(a.score, 6), **({} if a.novelty is None else dict(novelty=round(a.novelty, 6), decided_by=a.decided_by)), regions=regions, model=a.bundle)
 
 
 def _row(r, w):
-    more = " …" if len(r["regions"])>3 else ""
-    return f"{r['picture']:{w}}  {r['verdict']:7}  {r['score']:.3f}  {', '.join('{class} {area} px'.format(**o) for o in r['regions'][:3])}{more}".rstrip()
+    more, new = " …" if len(r["regions"])>3 else "", f"  {r['novelty']:7.3f}{'!' if r['decided_by']=='novelty' else ' '}" if "novelty" in r else ""
+    return f"{r['picture']:{w}}  {r['verdict']:7}  {r['score']:.3f}{new}  {', '.join('{class} {area} px'.format(**o) for o in r['regions'][:3])}{more}".rstrip()
 
 
 @app.command(epilog="Example: defect-detect predict runs/demo/export/bundle pictures/ --overlay out/ --fail-on-defect")
@@ -50,7 +50,7 @@ def predict(bundle:Annotated[Path, typer.Argument(help="folder of a bundle")],
     if not found: raise FileNotFoundError(2, f"no picture matches {pattern}", str(pictures[0]))
     to = _overlays(found, overlay) if overlay else [None]*len(found)
     pred, count, w = Predictor.load(bundle, threads), dict(defect=0, review=0, ok=0, unreadable=0), max(len(str(p)) for p, _ in found)
-    if not json_: print(f"{pred.tag}, defect from a score of {pred.card.operating_point.score_threshold:.3f}; runs {pred.runs}\n\n{'picture':{w}}  verdict  score  regions")
+    if not json_: print(f"{pred.tag}, defect from a score of {pred.card.operating_point.score_threshold:.3f}; runs {pred.runs}\n\n{'picture':{w}}  verdict  score{'  novelty ' if pred.card.novelty else ''}  regions")
     for (p, _), out in zip(found, to):
         try:
             img = decode(sys.stdin.buffer.read(Limits().max_bytes+1) if str(p)=="-" else p.read_bytes(), Limits())
@@ -85,7 +85,7 @@ def bundle_show(folder:Annotated[Path, typer.Argument(help="folder of a bundle")
     c, op = b.card, b.card.operating_point
     if json_: return print(json.dumps(dict(version=b.version, **c.model_dump(mode="json"))))
     table([("bundle", f"{c.name}@{b.version}, every hash verified"), ("classes", ", ".join(c.classes)), ("input", f"{c.input.width}x{c.input.height} px"), ("plan", f"{c.engine} {c.precision}, {c.threads} thread{'s'*(c.threads>1)}, batches of {', '.join(map(str, c.batches))}"), ("models", f"{len(b.model)/1e6:.1f} MB in fp32"+(f", {len(b.int8)/1e6:.1f} MB in int8" if b.int8 else "")),
-            ("operating point", f"score from {op.score_threshold:.3f}"), ("chosen for", op.chosen_for), *((f"{p.engine} {p.precision}", _beside(p)) for p in c.evaluated), *(("sha256 of "+k, v) for k, v in sorted(c.hashes.items()))])
+            ("operating point", f"score from {op.score_threshold:.3f}"), ("chosen for", op.chosen_for), *([("novelty", f"to review from 1; distance from {c.novelty.places} good places; {c.novelty.reached} of {c.novelty.pictures} good validation pictures are there")] if c.novelty else []), *((f"{p.engine} {p.precision}", _beside(p)) for p in c.evaluated), *(("sha256 of "+k, v) for k, v in sorted(c.hashes.items()))])
 
 
 def _beside(p): return f"beside torch on {p.pictures} pictures: probabilities within {p.max_difference:.1e}, IoU {0-p.iou_drop:+.4f}, {p.flips} other verdicts, all within {p.band:g} of the threshold"

@@ -48,7 +48,7 @@ def score_fold(pred:Predictor, # any operating point; only its `score_pixels` is
     for i, r in enumerate(table.sort_values("image").itertuples()):
         img = load_image(root, r)
         p = place(img.shape[1], img.shape[0], c.input)
-        probs = pred.probabilities([img])[0]
+        probs = pred.run([img]).probs[0]
         score = round(float(picture_score(1-probs[0, p.top:p.bottom, p.left:p.right], c.operating_point.score_pixels)), 6)
         more = _counts(load_mask(root, r, c.classes)>0, 1-restore(probs[:1], p)[0]) if r.label!="good" else {}
         out.append(dict(image=r.image, label=r.label, group=r.group, score=score, **more))

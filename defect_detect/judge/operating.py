@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core.bundle import Calibration, OperatingPoint
 from ..core.metrics import auroc, threshold_at
-from ..core.predictor import Predictor, logit, picture_score, verdict_of
+from ..core.predictor import Predictor, logit, novelty_score, picture_score, verdict_of
 from ..core.image import place, restore
 from ..data.read import DataError, load_image, load_mask
 from ..data.split import LEAKY, carry_mark, is_leaky
@@ -27,15 +27,16 @@ BINS = 100 # pixel thresholds tried: 0.01 apart
 def look(pred:Predictor, # any operating point; only its `score_pixels` is used
          root:str|Path, # the data folder
          table:pd.DataFrame, # the validation part
-)->tuple[pd.DataFrame, np.ndarray]: # image, group, bad, score; (2,BINS) pixels of defective pictures: [false, true] by probability
+)->tuple[pd.DataFrame, np.ndarray]: # image, group, bad, score, and novelty where the bundle tells it; (2,BINS) pixels of defective pictures: [false, true] by probability
     "Score the validation part."
     rows, hist, c = [], np.zeros((2, BINS), np.int64), pred.card
     for r in table.itertuples():
         img = load_image(root, r)
         p = place(img.shape[1], img.shape[0], c.input)
-        probs = pred.probabilities([img])[0]
+        said = pred.run([img])
+        probs, new = said.probs[0], {} if said.novelty is None else dict(novelty=round(novelty_score(said.novelty[0, 0], p, c.input, c.novelty.farthest), 6))
         score = round(float(picture_score(1-probs[0, p.top:p.bottom, p.left:p.right], c.operating_point.score_pixels)), 6)
-        rows.append(dict(image=r.image, group=r.group, bad=r.label!="good", score=score))
+        rows.append(dict(image=r.image, group=r.group, bad=r.label!="good", score=score, **new))
         if r.label!="good":
             b = np.clip(((1-restore(probs[:1], p)[0])*BINS).astype(int), 0, BINS-1)
             true = load_mask(root, r, c.classes)>0

@@ -39,7 +39,7 @@ def score_pictures(pred:Predictor, # the bundle
         took, t, m = time.perf_counter()-start, true>0, p.mask>0
         marked = np.bincount(p.mask[m], minlength=len(classes))
         out.append(dict(image=r.image, label=r.label, group=r.group, exposure=getattr(r, "exposure", 0), bad=r.label!="good",
-                        score=round(p.score, 6), verdict=p.verdict, kind=classes[int(marked.argmax())] if m.any() else "", tp=int((t&m).sum()), fp=int((m&~t).sum()), fn=int((t&~m).sum()),
+                        score=round(p.score, 6), **({} if p.novelty is None else dict(novelty=round(p.novelty, 6), decided_by=p.decided_by)), verdict=p.verdict, kind=classes[int(marked.argmax())] if m.any() else "", tp=int((t&m).sum()), fp=int((m&~t).sum()), fn=int((t&~m).sum()),
                         **region_counts(t, m), confusion=confusion(true, p.mask, len(classes))))
         if also: also(out[-1], true, p, took)
         progress(i+1, len(table))
@@ -121,7 +121,7 @@ def summarise(rows:pd.DataFrame, # from `score_pictures`
 )->dict: # JSON, numbers rounded to 4 digits, nan as None
     "The main numbers of one evaluation."
     bad, good = rows[rows.bad], rows[~rows.bad]
-    of = lambda f: lambda t: f(t.score.to_numpy(), t.bad.to_numpy()) if t.bad.any() else float("nan")
+    of = lambda f, by="score": lambda t: f(t[by].to_numpy(), t.bad.to_numpy()) if t.bad.any() else float("nan")
     overlap = lambda t, times=1: rate(t, times*t.tp, times*t.tp+t.fp+t.fn, n)
     passed, rejected = (lambda t: rate(t, t.bad & (t.verdict=="ok"), t.bad, n)), (lambda t: rate(t, ~t.bad & (t.verdict=="defect"), ~t.bad, n))
     recall, named = (lambda t: rate(t, t.found, t.true, n)), np.stack(list(rows.confusion))
@@ -132,6 +132,7 @@ def summarise(rows:pd.DataFrame, # from `score_pictures`
                **{k: measure(rows, of(f), n) for k, f in dict(auroc=auroc, average_precision=average_precision, overkill_at_5pct_escape=overkill_at).items()},
                escape=passed(bad)|dict(most=rounded(most(p := bad.verdict=="ok", bad.group)), count=int(p.sum())), overkill=rejected(good)|dict(most=rounded(most(p := good.verdict=="defect", good.group)), count=int(p.sum())),
                review=rate(rows, rows.verdict=="review", n=n))
+    if "novelty" in rows: out["novelty"] = dict(auroc=measure(rows, of(auroc, "novelty"), n), held=rate(bad, bad.decided_by=="novelty", n=n), reviewed=rate(good, good.decided_by=="novelty", n=n))
     kinds = {k: dict(pictures=len(t), parts=int(t.group.nunique()), iou=overlap(t), class_iou=class_iou(i), region_recall=recall(t), regions=int(t.true.sum()), escape=passed(t))
              for i, k in enumerate(classes) if i and len(t := rows[rows.label==k])}
     slices = {str(int(e)): dict(pictures=len(t), iou=overlap(t[t.bad]), auroc=measure(t, of(auroc), n), escape=passed(t), overkill=rejected(t)) for e, t in rows.groupby("exposure")}

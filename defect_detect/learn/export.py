@@ -22,15 +22,17 @@ from ..core.image import InputSpec, letterbox, normalise
 from ..data.read import load_image
 
 # %% ../../nbs/23_learn.export.ipynb #3a87f8fa
-class _Probabilities(nn.Module):
-    def __init__(self, net):
+class _Answer(nn.Module):
+    def __init__(self, net, novelty):
         super().__init__()
-        self.net = net
+        self.net, self.novelty = net, novelty
 
     def forward(self, image): # as softmax(1), in operations that an engine does along the channels without turning them inside out: a quarter of the whole time
-        y = self.net(image)
+        features = self.net.encoder(image)
+        y = self.net.segmentation_head(self.net.decoder(features))
         y = (y-y.amax(1, keepdim=True)).exp()
-        return y/y.sum(1, keepdim=True)
+        y = y/y.sum(1, keepdim=True)
+        return y if self.novelty is None else (y, self.novelty(features))
 
 
 def _shipped(m)->bytes:
@@ -49,16 +51,17 @@ def _shipped(m)->bytes:
 
 def to_onnx(net:nn.Module, # from `make_model`, trained
             spec:InputSpec,
+            novelty:nn.Module|None=None, # from `fit_novelty`
             opset:int=17,
-)->bytes: # ONNX: `image` float32 (n,3,H,W) -> `probs` float32 (n,classes,H,W)
+)->bytes: # ONNX: `image` float32 (n,3,H,W) -> `probs` float32 (n,classes,H,W) and, with `novelty`, `novelty` float32 (n,1,H/8,W/8)
     "Export `net` with softmax, deterministic bytes, one file."
     import onnx
-    net, f = _Probabilities(net.cpu()).eval(), io.BytesIO()
+    net, f, names = _Answer(net.cpu(), novelty).eval(), io.BytesIO(), ["probs", *(["novelty"] if novelty else [])]
     x = torch.zeros(1, 3, spec.height, spec.width)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(net, (x,), f, input_names=["image"], output_names=["probs"], opset_version=opset,
-                          dynamic_axes={"image": {0: "n"}, "probs": {0: "n"}}, dynamo=False)
+        torch.onnx.export(net, (x,), f, input_names=["image"], output_names=names, opset_version=opset,
+                          dynamic_axes={k: {0: "n"} for k in ("image", *names)}, dynamo=False)
     return _shipped(onnx.load_from_string(f.getvalue()))
 
 # %% ../../nbs/23_learn.export.ipynb #4870fdeb
@@ -96,7 +99,8 @@ def quantise(model:bytes, # from `to_onnx`
         logging.disable(logging.WARNING) # it says what one knows
         try:
             quant_pre_process(a, b, skip_symbolic_shape=True)
-            first = [n.name for n in onnx.load(b).graph.node if n.op_type=="Conv"][:plain]
+            convs = [n.name for n in onnx.load(b).graph.node if n.op_type=="Conv"]
+            first = convs[:plain]+[k for k in convs if k.startswith("/novelty/")]
             quantize_static(b, c, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=first)
         finally: logging.disable(logging.NOTSET)
         return _shipped(onnx.load(c))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..core.bundle import Bundle, BundleError, OperatingPoint, Parity
-from ..core.predictor import Engine, can_run, start_engine, verdict_of
+from ..core.predictor import Engine, Said, can_run, start_engine, verdict_of
 
 # %% ../../nbs/24_learn.parity.ipynb #82c01ce1
 class TorchEngine:
@@ -23,10 +23,13 @@ class TorchEngine:
     name = "torch fp32"
     def __init__(self,
         net:nn.Module, # from `make_model`, trained
-    ): self.net = net.cpu().eval()
+        novelty:nn.Module|None=None, # from `fit_novelty`
+    ): self.net, self.novelty = net.cpu().eval(), novelty
 
     def run(self, batch):
-        with torch.no_grad(): return self.net(torch.from_numpy(batch)).softmax(1).numpy()
+        with torch.no_grad():
+            x = torch.from_numpy(batch)
+            return Said(self.net(x).softmax(1).numpy(), None if self.novelty is None else self.novelty(self.net.encoder(x)).numpy())
 
 
 def parity(net:nn.Module, # what was trained
@@ -35,7 +38,7 @@ def parity(net:nn.Module, # what was trained
 )->float: # largest absolute difference of a probability
     "Hold an engine against torch on real inputs."
     want = TorchEngine(net)
-    return max(float(np.abs(engine.run(b)-want.run(b)).max()) for b in batches)
+    return max(float(np.abs(engine.run(b).probs-want.run(b).probs).max()) for b in batches)
 
 # %% ../../nbs/24_learn.parity.ipynb #d896af65
 Pair = tuple[str, str] # engine, precision
@@ -63,20 +66,22 @@ def engines_of(bundle:Bundle, # with the models
 def alike(engine:Engine,
           pictures:np.ndarray, # (n,3,H,W) float32, normalised
           sizes:Iterable[int], # pictures run together
-          most:float=1e-5, # of a probability
+          most:float=1e-5, # of a probability; ten times that of a novelty, which is a difference of squares
 )->tuple[int, ...]: # the sizes that hold, ascending from 1
     "Which of `sizes` give every picture the answer that it has alone?"
-    alone = np.concatenate([engine.run(p[None]) for p in pictures])
+    alone = [engine.run(p[None]) for p in pictures]
+    def same(said, i, a): # picture i of what was said
+        return all(v is None or np.abs(v[i]-w[0]).max()<=m for v, w, m in zip(said, a, (most, 10*most)))
     def holds(k): # the last batch is filled up from the front
         some = np.arange(-(-len(pictures)//k)*k)%len(pictures)
-        return all(np.abs(engine.run(pictures[j])-alone[j]).max()<=most for j in some.reshape(-1, k))
+        return all(same(said, i, alone[n]) for j in some.reshape(-1, k) for said in [engine.run(pictures[j])] for i, n in enumerate(j))
     return (1, *(k for k in sorted(set(sizes)) if k>1 and holds(k)))
 
 # %% ../../nbs/24_learn.parity.ipynb #291e5716
 @dataclass(frozen=True)
 class Seen:
     "What one engine said of the validation pictures."
-    rows: pd.DataFrame # image, score
+    rows: pd.DataFrame # image, score; novelty where the model tells it
     hist: np.ndarray # (2,bins) pixels of defective pictures: [false, true] by probability
     difference: float # largest, of a probability, from torch
 
@@ -100,15 +105,16 @@ def hold(pair:Pair, # engine, precision
     "Hold one engine and precision against torch."
     exact = pair[1]=="fp32"
     band = max_difference if exact else band
-    s, t = want.rows.score.to_numpy(), got.rows.score.to_numpy()
-    flip = np.array([verdict_of(a, op)!=verdict_of(b, op) for a, b in zip(s, t)])
-    near = np.min([np.abs(s-v) for v in (op.score_threshold, op.review_from) if v is not None], 0)<=band
+    s, new = want.rows.score.to_numpy(), "novelty" in want.rows
+    says = lambda rows: [verdict_of(a, op, b) for a, b in zip(rows.score, rows.novelty if new else [None]*len(rows))]
+    flip = np.array([a!=b for a, b in zip(says(want.rows), says(got.rows))])
+    near = np.min([np.abs(s-v) for v in (op.score_threshold, op.review_from) if v is not None]+([np.abs(want.rows.novelty-1)] if new else []), 0)<=band
     drop = overlap(want.hist, op.pixel_threshold)-overlap(got.hist, op.pixel_threshold)
     p = Parity(engine=pair[0], precision=pair[1], pictures=len(s), max_difference=float(f"{got.difference:.2e}"), iou_drop=round(drop, 6), band=band, flips=int((flip&near).sum()))
     bad = [f"a probability differs by {got.difference:.1e}, allowed is {max_difference:.0e}"] if exact and not got.difference<=max_difference else []
     bad += [f"the IoU drops by {drop:.4f}, allowed is {max_drop}"] if not exact and drop>max_drop else []
     out = (flip&~near).sum()
-    bad += [f"{out} verdict{'s differ' if out>1 else ' differs'} though the score is more than {band} from the threshold"] if out else []
+    bad += [f"{out} verdict{'s differ' if out>1 else ' differs'} though {'neither score nor novelty is within' if new else 'the score is more than'} {band} {'of' if new else 'from'} the threshold"] if out else []
     return p, "; ".join(bad)
 
 # %% ../../nbs/24_learn.parity.ipynb #5078264a
@@ -137,7 +143,8 @@ def pack(seen:Mapping[Pair, Seen], # every pair that ran
 )->dict: # JSON
     "What was said of the validation pictures, without their names."
     rows = torch_seen.rows
-    one = lambda s: dict(scores=[round(float(v), 6) for v in s.rows.score], hist=s.hist.tolist(), difference=s.difference)
+    six = lambda values: [round(float(v), 6) for v in values]
+    one = lambda s: dict(scores=six(s.rows.score), hist=s.hist.tolist(), difference=s.difference, **(dict(novelty=six(s.rows.novelty)) if "novelty" in s.rows else {}))
     return dict(part=pd.factorize(rows.group)[0].tolist(), bad=rows.bad.tolist(), torch=one(torch_seen), engines={" ".join(k): one(s) for k, s in seen.items()})
 
 
@@ -147,6 +154,6 @@ def unpack(kept:Mapping, # from `pack`
     "The other way."
     from defect_detect.data.split import carry_mark
     def one(d):
-        rows = pd.DataFrame(dict(image=range(len(kept["part"])), group=kept["part"], bad=kept["bad"], score=d["scores"]))
+        rows = pd.DataFrame(dict(image=range(len(kept["part"])), group=kept["part"], bad=kept["bad"], score=d["scores"], **(dict(novelty=d["novelty"]) if "novelty" in d else {})))
         return Seen(carry_mark(rows, rows, leaky), np.array(d["hist"], np.int64), float(d["difference"]))
     return {tuple(k.split()): one(d) for k, d in kept["engines"].items()}, one(kept["torch"])

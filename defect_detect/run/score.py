@@ -58,7 +58,7 @@ def part_of(name:str, n:int)->int: # from 1 to `n`
     return int(hashlib.sha256(name.encode()).hexdigest(), 16)%n+1
 
 # %% ../../nbs/48_run.score.ipynb #1b55ff7c
-COLUMNS = ("image", "sha256", "verdict", "score", "probability", "regions", "width", "height", "error", "bundle")
+COLUMNS = ("image", "sha256", "verdict", "score", "probability", "novelty", "decided_by", "regions", "width", "height", "error", "bundle")
 
 
 def score_picture(name:str, path:Path, # the picture
@@ -76,8 +76,9 @@ def score_picture(name:str, path:Path, # the picture
     pred = engines.get()
     try: a = pred.predict([img], 1)[0]
     finally: engines.put(pred)
+    six = lambda v: None if v is None else round(v, 6)
     regions = [dict(zip(("class", "score", "left", "top", "right", "bottom", "area"), (r.cls, round(r.score, 6), *r.box, r.area))) for r in a.regions]
-    return {**row, "verdict": a.verdict, "score": round(a.score, 6), "probability": None if a.probability is None else round(a.probability, 6), "regions": regions, "width": img.shape[1], "height": img.shape[0]}
+    return {**row, "verdict": a.verdict, "score": six(a.score), "probability": six(a.probability), "novelty": six(a.novelty), "decided_by": a.decided_by, "regions": regions, "width": img.shape[1], "height": img.shape[0]}
 
 # %% ../../nbs/48_run.score.ipynb #f9fba102
 def score_stream(pictures:Iterable[tuple[str, Path]], # name, file
@@ -102,7 +103,7 @@ def score_stream(pictures:Iterable[tuple[str, Path]], # name, file
 def _schema():
     import pyarrow as pa
     region = pa.struct([("class", pa.string()), ("score", pa.float64()), *((k, pa.int32()) for k in ("left", "top", "right", "bottom")), ("area", pa.int64())])
-    kinds = dict(score=pa.float64(), probability=pa.float64(), regions=pa.list_(region), width=pa.int32(), height=pa.int32())
+    kinds = dict(score=pa.float64(), probability=pa.float64(), novelty=pa.float64(), regions=pa.list_(region), width=pa.int32(), height=pa.int32())
     return pa.schema([(k, kinds.get(k, pa.string())) for k in COLUMNS])
 
 

@@ -118,7 +118,7 @@ class Rle(_Message):
 
 # %% ../../nbs/60_serve.messages.ipynb #40c036d0
 _REGION = {"class": "spot", "score": 0.8992, "box": [100, 59, 113, 72], "area": 163, "share": 0.0054, "contour": None}
-EXAMPLE = dict(verdict="defect", score=0.997, probability=0.967, novelty=None, regions=[_REGION], regions_total=1, width=200, height=150, mask=None, rle=None,
+EXAMPLE = dict(verdict="defect", score=0.997, probability=0.967, novelty=None, decided_by="score", regions=[_REGION], regions_total=1, width=200, height=150, mask=None, rle=None,
     model=dict(name="example-spot", version="0123456789ab"), request_id="c0ffee", timing=dict(waiting=0.1, decoding=1.2, predicting=9.8, together=1))
 
 
@@ -128,7 +128,8 @@ class Answer(_Message):
     verdict: Literal["ok", "review", "defect"] = Field(description="by the model's operating point")
     score: float = Field(description="in [0,1], higher is more defective")
     probability: float | None = Field(description="the score as a chance that the picture is defective, in (0,1); null when the bundle was not calibrated")
-    novelty: float | None = Field(description="how far the picture is from those the model knows; null when its bundle cannot say")
+    novelty: float | None = Field(description="how far the picture is from good ones, from 0; what reaches 1 is not passed without a person. null when the bundle cannot say")
+    decided_by: Literal["score", "novelty"] = Field(description="what the verdict comes from; novelty: the score alone would have said ok")
     regions: list[RegionOut] = Field(description="largest first")
     regions_total: int = Field(description="how many there are; `regions` holds the largest of them")
     width: int = Field(description="of the upright picture, in px")
@@ -159,7 +160,7 @@ def answer_of(p:Prediction,
     lines = outlines(p.mask, listed) if wanted.contour else [None]*len(listed)
     r = [RegionOut(cls=o.cls, score=o.score, box=o.box, area=o.area, share=o.share, contour=c) for o, c in zip(listed, lines)]
     found = [(i, k) for i, k in enumerate(bundle.card.classes) if i and (p.mask==i).any()] if wanted.mask=="rle" else []
-    return Answer(verdict=p.verdict, score=p.score, probability=p.probability, novelty=getattr(p, "novelty", None), regions=r, regions_total=len(p.regions),
+    return Answer(verdict=p.verdict, score=p.score, probability=p.probability, novelty=p.novelty, decided_by=p.decided_by, regions=r, regions_total=len(p.regions),
                   width=p.mask.shape[1], height=p.mask.shape[0], request_id=request_id, timing=timing,
                   mask=base64.b64encode(mask_png(p.mask)).decode() if wanted.mask=="png" else None,
                   rle={k: Rle(**coco_rle(p.mask==i)) for i, k in found} if wanted.mask=="rle" else None,

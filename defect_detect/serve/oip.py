@@ -19,7 +19,7 @@ from ..core.bundle import Bundle
 from .messages import Answer, ProblemError
 
 # %% ../../nbs/68_serve.oip.ipynb #d180d3ac
-OUTPUTS = dict(verdict="BYTES", score="FP32", probability="FP32", regions="BYTES", novelty="FP32", mask="BYTES") # name -> datatype
+OUTPUTS = dict(verdict="BYTES", score="FP32", probability="FP32", regions="BYTES", novelty="FP32", decided_by="BYTES", mask="BYTES") # name -> datatype
 USUAL = ("verdict", "score", "regions") # when none are named
 
 
@@ -101,7 +101,7 @@ def read_infer(body:bytes,
 
 # %% ../../nbs/68_serve.oip.ipynb #48e4b03b
 def _value(name:str, a:Answer)->bytes|float:
-    if name=="verdict": return a.verdict.encode()
+    if name in ("verdict", "decided_by"): return getattr(a, name).encode()
     if name=="score": return a.score
     if name in ("probability", "novelty"): return float("nan") if getattr(a, name) is None else getattr(a, name)
     if name=="mask": return base64.b64decode(a.mask)

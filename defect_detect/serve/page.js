@@ -93,7 +93,7 @@ function tell(a) {
   const op = model.operating_point, v = $("verdict"), body = $("regions").tBodies[0];
   v.className = a.verdict;
   v.textContent = {ok: "Good", review: "A person should look", defect: "Defective"}[a.verdict];
-  $("score").textContent = `Score ${a.score.toFixed(3)}` + (a.probability === null ? "" : `, chance of a defect ${a.probability.toFixed(2)}`) + (a.novelty === null ? "" : `, novelty ${a.novelty.toFixed(3)}`);
+  $("score").textContent = `Score ${a.score.toFixed(3)}` + (a.probability === null ? "" : `, chance of a defect ${a.probability.toFixed(2)}`) + (a.novelty === null ? "" : `, novelty ${a.novelty.toFixed(2)}` + (a.decided_by === "novelty" ? ": unlike the good pictures" : ""));
   $("value").style.width = `${100 * a.score}%`;
   $("threshold").style.left = `calc(${100 * op.score_threshold}% - 1.5px)`;
   $("words").textContent = inWords(op);
