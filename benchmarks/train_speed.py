@@ -44,7 +44,7 @@ class Count(Callback):
 def main():
     a = argparse.ArgumentParser(description=__doc__.split(":")[0])
     a.add_argument("data")
-    for k, v in dict(rounds=5, steps=12, threads=2, batch=16, size=320, crop=256).items(): a.add_argument(f"--{k}", type=int, default=v)
+    for k, v in dict(rounds=5, steps=12, threads=2, batch=16, size=320, crop=256, frozen=0).items(): a.add_argument(f"--{k}", type=int, default=v)
     o = a.parse_args()
     t = read_data(o.data)
     t["group"] = t.sha256
@@ -52,7 +52,7 @@ def main():
     root, classes = Path(o.data), classes_of(t)
     make_deterministic(0, o.threads)
     dls = make_loaders(root, t, classes, InputSpec(height=o.size, width=o.size), o.batch, crop=o.crop, device="cpu")
-    net = make_model(len(classes))
+    net = make_model(len(classes), frozen=o.frozen)
     torch.use_deterministic_algorithms(False) # the peer's way does not ask for it
     rows = {r.image: r for r in t.itertuples()}
     mask = lambda p: load_mask(root, rows[Path(p).relative_to(root).as_posix()], classes)

@@ -188,7 +188,7 @@ def run_folds(name:Annotated[str, typer.Argument(help="of the run that the folds
     rows, made = read_folds(folder)
     m = dict(fold_metrics(rows), missing=made["missing"])
     if json_: return print(json.dumps(m))
-    print(text_table(fold_rows(m), ("what", "value [95 %]")))
+    print(text_table(fold_rows(m, json.loads((folder/"agreement.json").read_text())), ("what", "value [95 %]")))
     print(f"\n{m['pictures']} pictures of {m['parts']} parts, each scored by a network that never saw its part"+(f"; still to be trained: {', '.join(map(str, made['missing']))}" if made["missing"] else "")+f"\nFiles to commit: {folder.relative_to(root)}/")
 
 

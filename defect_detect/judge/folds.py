@@ -152,13 +152,17 @@ def fold_metrics(rows:pd.DataFrame, # from `read_folds`
 
 # %% ../../nbs/3g_judge.folds.ipynb #f0000025
 def fold_rows(m:Mapping, # from `fold_metrics`
+              agreement:Mapping|None=None, # of the masks with themselves, by kind, from 1_prepare
 )->list[tuple[str, str]]: # name, value with interval
     "The numbers of a cross-validation for a table."
     names = dict(iou="IoU, pooled over defective pictures", auroc="AUROC by picture", average_precision="average precision", overkill_at_5pct_escape="overkill at 5 % escape, by picture",
                  overkill_at_10pct_escape="overkill at 10 % escape, by picture", region_recall="region recall at 5 % escape")
     out = [(v, number(m[k])) for k, v in names.items()]
     out[4:4] = [(f"overkill at 5 % escape, by part ({how} of its pictures)", number(v)) for how, v in m["by_part"].items()]
-    return out+[(f"{k}: {what}", number(v[key])) for k, v in m["by_kind"].items() for what, key in ((f"IoU ({v['pictures']} pictures, {v['parts']} parts)", "iou"), ("region recall", "region_recall"))]
+    for k, v in m["by_kind"].items():
+        masks = a["iou"] if (a := (agreement or {}).get(k)) else None
+        out += [(f"{k}: IoU ({v['pictures']} pictures, {v['parts']} parts)", number(v["iou"])), *([(f"{k}: IoU of the masks with themselves ({a['pairs']} pairs of exposures)", f"{masks:.3f}")] if masks is not None else []), (f"{k}: region recall", number(v["region_recall"]))]
+    return out
 
 # %% ../../nbs/3g_judge.folds.ipynb #f0000022
 def out_of_fold(folder:str|Path, # with the files of folds

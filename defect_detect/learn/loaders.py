@@ -26,13 +26,13 @@ from ..data.split import refuse_leaks
 _PAD = 127 # `core.image.letterbox` pads with the mean
 
 
-def _window(mask, rng, crop):
-    "Size and centre of what is cut out: y, x."
+def _window(mask, rng, crop, part):
+    "Size of what is cut out, and the centre of the `part` of it that is shown: y, x."
     size = np.array([min(crop, s) if crop else s for s in mask.shape])
-    marked = np.argwhere(mask)
-    if crop and len(marked) and rng.random()<.7: centre = marked[rng.integers(len(marked))]+rng.uniform(-.3, .3, 2)*size
+    seen, marked = size*part, np.argwhere(mask)
+    if (crop or part<1) and len(marked) and rng.random()<.7: centre = marked[rng.integers(len(marked))]+rng.uniform(-.3, .3, 2)*seen
     else: centre = rng.uniform(0, 1, 2)*mask.shape
-    return size, np.clip(centre, size/2, mask.shape-size/2)
+    return size, np.clip(centre, seen/2, mask.shape-seen/2)
 
 
 def _relight(img, rng, light, shade):
@@ -53,10 +53,12 @@ def augment(img:np.ndarray, # (h,w,3) uint8 at the network's scale
             turn:float=8., # largest turn beside quarter turns, degrees
             light:float=0.3, # largest change of gain and gamma, as a logarithm
             shade:float=0.1, # largest change of light from the middle to an edge; more would look like an uneven surface
+            closer:float=1., # every second picture is enlarged, up to so many times; at least 1
 )->tuple[np.ndarray, np.ndarray]: # changed picture and mask, of equal size
     "Turn, mirror, scale, cut and relight a picture with its mask."
-    (h, w), (cy, cx) = _window(mask, rng, crop)
-    s, aspect, a, mirror = np.exp(rng.uniform(-scale, scale)), np.exp(rng.uniform(-.1, .1)), np.deg2rad(rng.uniform(-turn, turn)+90*rng.integers(4)), rng.choice([-1, 1])
+    part = np.exp(-rng.uniform(0, np.log(closer))) if closer>1 and rng.random()<.5 else 1.
+    (h, w), (cy, cx) = _window(mask, rng, crop, part)
+    s, aspect, a, mirror = part*np.exp(rng.uniform(-scale, scale)), np.exp(rng.uniform(-.1, .1)), np.deg2rad(rng.uniform(-turn, turn)+90*rng.integers(4)), rng.choice([-1, 1])
     m = np.array([[np.cos(a)*s*aspect*mirror, -np.sin(a)*s/aspect], [np.sin(a)*s*aspect*mirror, np.cos(a)*s/aspect]]) # from the new picture to the old
     to = np.array([cx, cy])-m@(np.array([w, h])/2)
     coefficients = (m[0, 0], m[0, 1], to[0], m[1, 0], m[1, 1], to[1])
@@ -130,8 +132,9 @@ class Pictures:
         rng:np.random.Generator|None=None, # given: items are augmented
         crop:int=0, # px that are cut out then; 0: all
         carried:float=0., # chance that a picture then gets a defect of another one, in [0,1]
+        closer:float=1., # of `augment`
     ):
-        self.spec, self.rng, self.crop, self.carried = spec, rng, crop, carried
+        self.spec, self.rng, self.crop, self.carried, self.closer = spec, rng, crop, carried, closer
         self.items = [(letterbox(load_image(root, r), spec), letterbox_mask(load_mask(root, r, classes), spec)) for r in table.itertuples()]
         found = [(r.label, r.group, p) for r, (i, m) in zip(table.itertuples(), self.items) if r.label!="good" for p in cut_out(i, m)] if carried else []
         self.kinds = {k: {g: [p for a, b, p in found if (a, b)==(k, g)] for g in sorted({b for a, b, _ in found if a==k})} for k in sorted({a for a, *_ in found})}
@@ -147,7 +150,7 @@ class Pictures:
         img, mask = self.items[i]
         if self.rng is not None:
             if self.kinds and self.rng.random()<self.carried: img, mask = paste(img, mask, self._piece(), self.rng)
-            img, mask = augment(img, mask, self.rng, self.crop)
+            img, mask = augment(img, mask, self.rng, self.crop, closer=self.closer)
         return torch.from_numpy(normalise(img[None], self.spec)[0]), torch.from_numpy(mask.astype(np.int64))
 
 
@@ -179,6 +182,7 @@ def make_loaders(root:str|Path, # the data folder
                  good:float=0.4, # share of good pictures in training
                  crop:int=0, # px that are cut out in training; 0: whole pictures
                  carried:float=0., # chance that a training picture gets a defect of another one, in [0,1]
+                 closer:float=1., # of `augment`
                  device:str="auto", # auto | cpu | cuda
                  workers:int|None=None, # processes that augment; None: as many as there are cores, 8 at most, on CUDA, and 0 on a CPU, where training needs the cores
 )->DataLoaders: # training balanced and augmented; validation plain and in order
@@ -189,6 +193,6 @@ def make_loaders(root:str|Path, # the data folder
     device = pick_device(device)
     if workers is None: workers = min(8, os.cpu_count()) if device.type=="cuda" else 0
     how = dict(bs=batch, num_workers=workers, pin_memory=device.type=="cuda")
-    a = BalancedDL(Pictures(root, train, classes, spec, changes, crop, carried), draw_weights(train, good), draws, **how)
+    a = BalancedDL(Pictures(root, train, classes, spec, changes, crop, carried, closer), draw_weights(train, good), draws, **how)
     b = DataLoader(Pictures(root, valid, classes, spec), shuffle=False, **how)
     return DataLoaders(a, b, device=device)

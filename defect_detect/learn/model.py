@@ -57,6 +57,7 @@ class _Sum(nn.Module):
 def make_model(n_classes:int, # background included
                weights:str="package", # package | hub | none | path of a local file
                decoder:Literal["fpn", "unet"]="fpn",
+               frozen:int=0, # of the encoder's seven stages, so many first ones keep the weights they come with
 )->nn.Module: # (n,3,H,W) float32 normalised -> (n,n_classes,H,W) logits; H and W multiples of 32
     "Build the segmentation network."
     import segmentation_models_pytorch as smp
@@ -75,6 +76,10 @@ def make_model(n_classes:int, # background included
         path = _package_weights() if weights=="package" else Path(weights)
         if not path.is_file(): raise FileNotFoundError(f"no weights at {path}; allowed: package, hub, none or the path of a .safetensors or .pth file")
         load_encoder(net.encoder, path)
+    if frozen:
+        if weights=="none": raise ValueError(f"frozen {frozen} with weights none: random weights would stay; 0 is allowed")
+        e = getattr(net.encoder, "model", net.encoder) # the hub's is wrapped
+        for m in (e.conv_stem, e.bn1, *list(e.blocks)[:frozen]): m.requires_grad_(False)
     return net
 
 # %% ../../nbs/21_learn.model.ipynb #c0save01

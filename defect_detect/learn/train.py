@@ -18,7 +18,7 @@ import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.training import GradientClip
+from fastai.callback.training import BnFreeze, GradientClip
 from fastai.callback.schedule import Learner  # the schedules are patched onto it
 from fastai.data.core import DataLoaders
 from fastai.learner import CancelEpochException
@@ -178,11 +178,12 @@ def train(dls:DataLoaders, # from `make_loaders`
           wd:float=0.01, # weight decay
           score_pixels:int=20, # of the picture score
           average:float=0.995, # of `Average`
+          missed:float=0.7, # cost of a missed pixel in the loss; a false one costs the rest of 1
           cbs:Sequence[Callback]=(), # e.g. `Checkpoints`, `Curves`
 )->Learner:
     "Fit `net` by one-cycle, with validation metrics every epoch."
-    own = [PlainProgress(), ChannelsLast(), Average(average), GradientClip(5.), *([MixedPrecision()] if dls.device.type=="cuda" else [])]
-    learn = _Learner(dls, net, loss_func=DefectLoss(), opt_func=Adam, metrics=[DefectIoU(), PictureAUROC(score_pixels)], wd=wd, cbs=[*own, *cbs])
+    own = [PlainProgress(), ChannelsLast(), Average(average), GradientClip(5.), BnFreeze(), *([MixedPrecision()] if dls.device.type=="cuda" else [])]
+    learn = _Learner(dls, net, loss_func=DefectLoss(alpha=round(1-missed, 6), beta=missed), opt_func=Adam, metrics=[DefectIoU(), PictureAUROC(score_pixels)], wd=wd, cbs=[*own, *cbs])
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     return learn
 

@@ -7,6 +7,7 @@ __all__ = ['fold_tables', 'held_out_table', 'make_folds']
 
 # %% ../../nbs/4d_run.folds.ipynb #d0000003
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.bundle import Bundle, BundleCard, OperatingPoint, sha256
+from ..core.files import write_whole
 from ..core.image import InputSpec
 from ..core.predictor import OrtEngine, Predictor
 from ..data.read import DataError
@@ -67,6 +69,11 @@ def _up_to_date(path, about):
     return ", ".join(f"other {k}" for k in ("folds", "params", "pictures", "code") if f[k]!=about[k])
 
 
+def _write_receipt(run, fold, out):
+    r = json.loads((run/f"notebooks/fold_{fold}.run.json").read_text())
+    write_whole(out/f"receipt_{fold}.json", json.dumps({k: r[k] for k in ("started", "seconds", "peak_memory_mb", "versions", "machine", "environment")}, indent=1)+"\n")
+
+
 def _fold(run, root, t, fold, params, about, out, say):
     place = run/f"fold/{fold}"
     place.mkdir(parents=True, exist_ok=True)
@@ -78,6 +85,7 @@ def _fold(run, root, t, fold, params, about, out, say):
     try: run_notebook(Path(root)/"nbs/pipeline/2_train.ipynb", run/f"notebooks/fold_{fold}.ipynb", dict(params, data="data", table=f"fold/{fold}/table.csv", out=f"fold/{fold}/train"), run, say)
     finally: os.environ.pop(RESUME) if before is None else os.environ.update({RESUME: before})
     rows = score_fold(_predictor(place/"train"), run/"data", t[t.fold==fold], lambda i, n: say(f"  scored {i} of {n}") if i%50==0 or i==n else None)
+    _write_receipt(run, fold, out)
     return write_fold(out, fold, rows, dict(about, weights=sha256((place/"train/weights.safetensors").read_bytes())))
 
 # %% ../../nbs/4d_run.folds.ipynb #d0000011
@@ -89,7 +97,7 @@ def make_folds(name:str, # of the run that the folds are for; they are trained i
                only:Sequence[int]=(), # folds to train now; none: all
                force:bool=False, # train again what has its file
                say:Callable[[str], None]=print, # gets progress, a line at a time
-)->Path: # models/<name>-folds
+)->Path: # models/<name>-folds: fold_<n>.json, and receipt_<n>.json with times and machine; agreement.json: how well the masks agree with themselves
     "Train and score the folds that have no file yet."
     if odd := [i for i in only if i not in range(k)]: raise DataError(f"there is no fold {odd[0]}; folds are 0..{k-1}")
     out, inner = folds_of(name, root), f"{name}-folds"
@@ -98,8 +106,10 @@ def make_folds(name:str, # of the run that the folds are for; they are trained i
         repro(run, upto="prepare", say=say)
         t = fold_tables(run/"prepare/table.csv", k, params["prepare"]["seed"])
         about = dict(folds=k, params=dict(params["train"]), pictures=pictures_hash(t), code=_code(root))
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out/"agreement.json", json.dumps(json.loads((run/"prepare/checks.json").read_text())["agreement"], indent=1)+"\n")
         for i in only or range(k):
-            why = _up_to_date(out/f"fold_{i}.json", about)
-            say(f"== fold {i} of {k}: {'nothing changed' if not why and not force else why or 'by force'}")
-            if why or force: _fold(run, root, t, i, params["train"], about, out, say)
+            why = "by force" if force else _up_to_date(out/f"fold_{i}.json", about)
+            say(f"== fold {i} of {k}: {why or 'nothing changed'}")
+            if why: _fold(run, root, t, i, params["train"], about, out, say)
     return out
