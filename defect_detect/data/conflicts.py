@@ -161,11 +161,6 @@ def read_review(root:str|Path, # the data folder
     "Read what a person decided; nothing is written."
     if not Path(path).is_file(): raise DataError(f"no review list at {path}; `defect-detect data conflicts` writes one")
     if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
-    if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
-    if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
-    if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
-    if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
-    if not Path(root).is_dir(): raise DataError(f"{root} is not a folder; a zip is not changed: unpack it first")
     t, out, wrong, seen, still = read_data(root), {"overrides": [], "quarantine": []}, [], set(), 0
     kinds = sorted({*t.label, *(k for s in t.get("kinds", ()) for k in str(s).split(";") if k), "good"})
     label, files = dict(zip(t.image, t.label)), list_files(root)

@@ -39,7 +39,9 @@ def _says_nothing(m, verdicts)->Iterator[tuple[str, str]]:
 def kept_scores(reference:bytes, # reference.json of a bundle
 )->list[pd.DataFrame]: # bad, score: one of each engine; none when nothing is kept
     "The scores that the operating point was chosen on."
-    v = json.loads(reference or b"{}").get("validation") or {}
+    kept = json.loads(reference or b"{}")
+    if "out_of_fold" in kept: return [pd.DataFrame({k: kept["out_of_fold"][k] for k in ("bad", "score")})]
+    v = kept.get("validation") or {}
     sets = [v["torch"], *v.get("engines", {}).values()] if "torch" in v else []
     return [pd.DataFrame(dict(bad=v["bad"], score=s["scores"])) for s in sets]
 
@@ -64,6 +66,7 @@ def _between(rows, threshold):
 
 def _threshold(rows, op, part, kept)->Iterator[tuple[str, str]]:
     where, asked = re.findall(r"on the (\w+) part", op.chosen_for), asked_of(op.chosen_for)
+    if " folds, on train and validation" in op.chosen_for: where += ["train", "validation"]
     tell = "so escape and overkill are those of a threshold that knew the answers"
     if {dict(validation="valid").get(w, w) for w in where} & {part}: yield "threshold", f"The operating point was chosen on the {part} part and is judged on the same, {tell}."
     elif any(_share_known(rows, k)>.5 for k in kept): yield "threshold", f"The scores that the operating point was chosen on are those of the pictures that are tested here, {tell}."
