@@ -1,4 +1,4 @@
-"""One picture through the network, beside its encoder alone: `taskset -c 0 python benchmarks/model.py [--size 320]`.
+"""One picture through the network, beside its encoder alone on 320 x 320 px: `taskset -c 0 python benchmarks/model.py [--height 256 --width 416]`.
 
 Both as ONNX in onnxruntime with one thread, in this process, turn by turn; medians of the rounds, by the clock and by processor time. The
 weights are random: they do not change the time.
@@ -27,19 +27,20 @@ class Last(torch.nn.Module):
 
 def main():
     a = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    for k, v in dict(size=320, rounds=60).items(): a.add_argument(f"--{k}", type=int, default=v)
+    for k, v in dict(size=320, height=256, width=416, rounds=60).items(): a.add_argument(f"--{k}", type=int, default=v)
     o = a.parse_args()
-    x = np.random.default_rng(0).normal(size=(1, 3, o.size, o.size)).astype(np.float32)
+    some = lambda *hw: np.random.default_rng(0).normal(size=(1, 3, *hw)).astype(np.float32)
+    x = some(o.size, o.size)
 
     def bare(net):
         f = io.BytesIO()
         torch.onnx.export(Last(net.encoder).eval(), (torch.from_numpy(x),), f, opset_version=17, dynamo=False)
         return OrtEngine(f.getvalue())
     nets = {k: make_model(6, "none", k).eval() for k in ("fpn", "unet")}
-    ways = {"encoder alone": bare(nets["fpn"]), **{k: OrtEngine(to_onnx(n, InputSpec(height=o.size, width=o.size))) for k, n in nets.items()}}
+    ways = {"encoder alone": (bare(nets["fpn"]), x), **{k: (OrtEngine(to_onnx(n, InputSpec(height=o.height, width=o.width))), some(o.height, o.width)) for k, n in nets.items()}}
     took = {k: [] for k in ways}
     for _ in range(o.rounds):
-        for k, e in ways.items():
+        for k, (e, x) in ways.items():
             t, c = time.perf_counter(), time.process_time()
             e.run(x)
             took[k].append((time.perf_counter()-t, time.process_time()-c))

@@ -26,7 +26,7 @@ from defect_detect.data.split import split_by_group
 from defect_detect.judge.report import text_table
 from defect_detect.judge.score import interval
 from defect_detect.learn.export import to_onnx
-from defect_detect.learn.loaders import make_loaders
+from defect_detect.learn.loaders import Changes, make_loaders
 from defect_detect.learn.model import make_model
 from defect_detect.learn.novelty import fit_novelty, novelty_scores
 from defect_detect.learn.train import make_deterministic, train
@@ -51,7 +51,7 @@ def score(root, table, kind, spec, a)->pd.DataFrame: # image, label, group, and 
     before = make_model(len(classes))
     untrained = novelty_scores(before, fit_novelty(before, root, t, spec, "bank", seed=a.seed), root, test, spec)
     make_deterministic(a.seed, a.threads)
-    net = train(make_loaders(root, taught, classes, spec, a.batch, a.seed, crop=a.crop, device="cpu"), make_model(len(classes)), a.epochs, a.lr, average=a.average).model
+    net = train(make_loaders(root, taught, classes, spec, a.batch, a.seed, changes=Changes(crop=a.crop), device="cpu"), make_model(len(classes)), a.epochs, a.lr, average=a.average).model
     gauss, bank = (fit_novelty(net, root, t, spec, k, seed=a.seed) for k in ("gauss", "bank"))
     with tempfile.TemporaryDirectory() as tmp: # score and bank as they ship: one graph, one pass
         card = BundleCard(name="left-out", classes=classes, input=spec, operating_point=OperatingPoint(score_pixels=100), threads=a.threads, novelty=NoveltyLevel(kind="bank", places=bank.near.out_channels, pictures=1, reached=0))

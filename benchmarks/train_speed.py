@@ -21,7 +21,7 @@ from torchvision.models import resnet34
 from defect_detect.core.image import InputSpec
 from defect_detect.data.read import classes_of, load_mask, read_data
 from defect_detect.data.split import split_by_group
-from defect_detect.learn.loaders import make_loaders
+from defect_detect.learn.loaders import Changes, make_loaders
 from defect_detect.learn.model import make_model
 from defect_detect.learn.train import make_deterministic, train
 
@@ -51,7 +51,7 @@ def main():
     t["split"] = split_by_group(t, dict(train=.9, valid=.1), 0)
     root, classes = Path(o.data), classes_of(t)
     make_deterministic(0, o.threads)
-    dls = make_loaders(root, t, classes, InputSpec(height=o.size, width=o.size), o.batch, crop=o.crop, device="cpu")
+    dls = make_loaders(root, t, classes, InputSpec(height=o.size, width=o.size), o.batch, changes=Changes(crop=o.crop), device="cpu")
     net = make_model(len(classes), frozen=o.frozen)
     torch.use_deterministic_algorithms(False) # the peer's way does not ask for it
     rows = {r.image: r for r in t.itertuples()}
