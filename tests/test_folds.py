@@ -13,7 +13,7 @@ from projects import copy_project
 from defect_detect.data.demo import write_synth
 
 TOOL = Path(sys.executable).with_name("defect-detect")
-SMALL = [w for p in ("prepare.valid=0.3", "prepare.test=0.3", "train.height=64", "train.width=64", "train.crop=0", "train.epochs=6", "train.batch=4", "train.weights=none", "train.threads=1") for w in ("-p", p)]
+SMALL = [w for p in ("prepare.valid=0.3", "prepare.test=0.3", "train.height=64", "train.width=64", "train.crop=0", "train.epochs=6", "train.batch=4", "train.weights=none", "train.frozen=0", "train.threads=1") for w in ("-p", p)]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,21 @@ def test_one_after_the_other(project):
     rows = [json.loads(p.read_text())["rows"] for p in sorted(kept.glob("fold_*.json"))]
     assert len({r["image"] for f in rows for r in f})==sum(map(len, rows))==48 # every picture once
     assert not {r["group"] for r in rows[0]} & {r["group"] for r in rows[1]} # and no part on both sides
+
+
+def test_corrected_labels_stand_beside(project):
+    rows = json.loads((project/"models/tiles-folds/fold_0.json").read_text())["rows"]
+    bad = next(r for r in rows if r["label"]!="good")
+    listed = project/"corrections.csv"
+    listed.write_text(f"image,given,label,mask,why\n{bad['image']},{bad['label']},good,,no mark to be seen\n")
+    out = folds(project, "--corrections", "corrections.csv")
+    assert said(out)==[f"== fold {k} of 2: nothing changed" for k in (0, 1)] and "labels as given" in out and "no mark to be seen" in out
+    m = json.loads(subprocess.run(words("--corrections", "corrections.csv", "--json"), cwd=project, env={**os.environ, "PYTHONPATH": str(project)}, capture_output=True, text=True).stdout)
+    assert m["corrected"]["defective_pictures"]==m["defective_pictures"]-1 and m["corrections"][0]["image"]==bad["image"]
+    listed.write_text(listed.read_text().replace(f",{bad['label']},", ",stain,"))
+    assert f"{bad['image']} was given as {bad['label']}; the list says stain" in folds(project, "--corrections", "corrections.csv", code=1)
+    out = folds(project, "--corrections", "none.csv", "--force", code=1)
+    assert "none.csv" in out and not said(out) # before anything is trained
 
 
 def test_the_same_bytes_after_a_kill(project):

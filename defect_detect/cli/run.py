@@ -175,20 +175,29 @@ def run_folds(name:Annotated[str, typer.Argument(help="of the run that the folds
               only:Annotated[list[int], typer.Option(help="train this fold now, from 0; may be repeated; none: all")]=[],
               param:Annotated[list[str], typer.Option("-p", "--param", metavar="STAGE.NAME=VALUE", help="one parameter; may be repeated")]=[],
               force:Annotated[bool, typer.Option("--force", help="train again what has its file")]=False,
+              corrections:Annotated[Path|None, typer.Option(help="CSV of image, given, label, mask, why: the numbers on corrected labels stand beside those on the given ones")]=None,
               json_:Json=False):
     "Train once for each fold of parts; each picture is scored by a network that never saw its part. Files go to models/NAME-folds; goes on where it stopped."
-    from defect_detect.judge.folds import fold_metrics, fold_rows, read_folds
+    from defect_detect.judge.folds import beside_rows, corrected, fold_metrics, fold_rows, read_folds, read_relabelled
     from defect_detect.judge.report import text_table
     from defect_detect.run.folds import make_folds
     from defect_detect.run.pipeline import parse_changes, run_params
     root = _project()
     params = run_params(root, data is None, parse_changes(root, _words(param)))
+    listed = read_relabelled(corrections.expanduser()) if corrections else None # before hours of training
     pictures = _picture_set(root, data.expanduser()) if data else _demo_set(root)
     with _Screen(sys.stderr if json_ else sys.stdout) as say: folder = make_folds(name, pictures, params, root, folds, only, force, say)
     rows, made = read_folds(folder)
     m = dict(fold_metrics(rows), missing=made["missing"])
+    if listed is not None:
+        if made["missing"]: listed = listed[listed.image.isin(rows.image)]
+        m.update(corrected=fold_metrics(corrected(rows, listed)), corrections=listed.to_dict("records"))
     if json_: return print(json.dumps(m))
-    print(text_table(fold_rows(m, json.loads((folder/"agreement.json").read_text())), ("what", "value [95 %]")))
+    agreement = json.loads((folder/"agreement.json").read_text())
+    if listed is None: print(text_table(fold_rows(m, agreement), ("what", "value [95 %]")))
+    else:
+        print(text_table(beside_rows(m, m["corrected"], agreement), ("what", "labels as given [95 %]", "as corrected")))
+        print("\nCorrected:\n"+text_table([(r["image"], r["given"], r["mask"] and f"{r['label']}, mask {r['mask']}" or r["label"], r["why"]) for r in m["corrections"]], ("picture", "given", "corrected", "why")))
     print(f"\n{m['pictures']} pictures of {m['parts']} parts, each scored by a network that never saw its part"+(f"; still to be trained: {', '.join(map(str, made['missing']))}" if made["missing"] else "")+f"\nFiles to commit: {folder.relative_to(root)}/")
 
 
