@@ -24,7 +24,7 @@ from defect_detect.data.demo import write_synth
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = Path(sys.executable).with_name("defect-detect")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-QUICK = [w for p in ("prepare.valid=0.3", "prepare.test=0.3", "train.height=64", "train.width=64", "train.epochs=1", "train.batch=4", "train.weights=none", "evaluate.draws=10") for w in ("-p", p)]
+QUICK = [w for p in ("prepare.valid=0.3", "prepare.test=0.3", "train.height=64", "train.width=64", "train.epochs=1", "train.batch=4", "train.weights=none", "train.frozen=0", "evaluate.draws=10") for w in ("-p", p)]
 linux = pytest.mark.skipif(sys.platform!="linux", reason="needs Linux: name spaces and tmpfs")
 
 

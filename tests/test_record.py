@@ -17,7 +17,7 @@ from defect_detect.run.receipt import read_receipt, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = Path(sys.executable).with_name("defect-detect")
-QUICK = [w for p in ("prepare.valid=0.3", "prepare.test=0.3", "train.height=64", "train.width=64", "train.epochs=1", "train.batch=4", "train.weights=none", "evaluate.draws=10") for w in ("-p", p)]
+QUICK = [w for p in ("prepare.valid=0.3", "prepare.test=0.3", "train.height=64", "train.width=64", "train.epochs=1", "train.batch=4", "train.weights=none", "train.frozen=0", "evaluate.draws=10") for w in ("-p", p)]
 
 
 def canary(where): return f"CANARY{sha256(where.encode())[:12]}"

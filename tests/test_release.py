@@ -20,7 +20,7 @@ from defect_detect.release.regressions import add_regression
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = Path(sys.executable).with_name("defect-detect")
-QUICK = [w for p in ("prepare.valid=0.3", "prepare.test=0.4", "train.height=64", "train.width=64", "train.crop=64", "train.epochs=1", "train.batch=4", "train.weights=none", "evaluate.draws=10") for w in ("-p", p)]
+QUICK = [w for p in ("prepare.valid=0.3", "prepare.test=0.4", "train.height=64", "train.width=64", "train.crop=64", "train.epochs=1", "train.batch=4", "train.weights=none", "train.frozen=0", "evaluate.draws=10") for w in ("-p", p)]
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
 
 

@@ -18,7 +18,7 @@ from defect_detect.learn.checkpoint import checkpoint_path, epochs_done
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = Path(sys.executable).with_name("defect-detect")
-SMALL = {"prepare.valid": 0.3, "prepare.test": 0.3, "train.height": 64, "train.width": 64, "train.epochs": 3, "train.batch": 4, "train.weights": "none", "train.threads": 1, "evaluate.draws": 10}
+SMALL = {"prepare.valid": 0.3, "prepare.test": 0.3, "train.height": 64, "train.width": 64, "train.epochs": 3, "train.batch": 4, "train.weights": "none", "train.frozen": 0, "train.threads": 1, "evaluate.draws": 10}
 QUICK = [w for k, v in SMALL.items() for w in ("-p", f"{k}={v}")]
 
 # trains in forks, so that what is imported once serves every kill; says the epochs through a pipe

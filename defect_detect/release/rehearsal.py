@@ -31,7 +31,7 @@ from ..run.record import git
 
 # %% ../../nbs/5b_release.rehearsal.ipynb #f400c35a
 PICTURES = dict(tiles=32, exposures=2, bad=.5, contrast=3.5, clutter=.3)
-SMALL = dict(prepare=dict(valid=.3, test=.4), train=dict(height=128, width=128, crop=128, batch=4, lr=.002, epochs=1, average=.9, weights="none"), export=dict(name="tiles", calibration=16), evaluate=dict(draws=20))
+SMALL = dict(prepare=dict(valid=.3, test=.4), train=dict(height=128, width=128, crop=128, batch=4, lr=.002, epochs=1, average=.9, weights="none", frozen=0, turns="quarter"), export=dict(name="tiles", calibration=16), evaluate=dict(draws=20))
 TESTS = ("readme", "imports", "style")
 GATE = f"""# The rehearsal's: its test part has some 12 parts, one picture is worth several percent; the first network has hardly learned anything and marks everything, so its recall of regions is no bar; and only the quick stages of the tests run.
 margin: {{auroc: 0.15, iou: 0.15, region_recall: 1, escape: 0.3, overkill: 0.3}}
